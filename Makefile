@@ -1,0 +1,34 @@
+# Everything runs in .venv, which is made when it isn't there. PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test check lint types bench setup clean
+
+demo: $(READY)
+	$(BIN)/optimize-cli models/eigenstate.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	MYPYPATH=.venv/package $(BIN)/mypy -p looplift
+
+bench: $(READY)
+	$(BIN)/python tests/bench.py
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	mkdir -p .venv/package && ln -sfn ../.. .venv/package/looplift  # the root under its import name
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

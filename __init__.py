@@ -1,0 +1,40 @@
+"""looplift: naive PyTorch models, rewritten into fast ones; verified, and measured.
+
+>>> import looplift                                             # doctest: +SKIP
+>>> fast = looplift.apply_passes(model, (x,))                   # doctest: +SKIP
+>>> print(fast.report)                                          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import apply_passes as apply_passes
+    from .api import compare as compare
+    from .api import verify as verify
+    from .optimizer.module import OptimizedModule as OptimizedModule
+    from .optimizer.verify import Differs as Differs
+    from .optimizer.verify import Equal as Equal
+
+__version__ = "0.1.0"
+__all__ = ["Differs", "Equal", "OptimizedModule", "apply_passes", "compare", "verify"]
+
+_HOMES = {
+    "apply_passes": "api", "verify": "api", "compare": "api",
+    "OptimizedModule": "optimizer.module",
+    "Equal": "optimizer.verify", "Differs": "optimizer.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `optimize-cli --help` answers without importing torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'looplift' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

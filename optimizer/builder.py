@@ -1,0 +1,150 @@
+"""Inserts operations into a graph, each with its fake result, so that facts stay true."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from .facts import SCAN, aten, is_op, shape, value
+from .loop import plain_loop
+
+
+class Builder:
+    """Adds nodes right before `at`; every node knows its shape, dtype and strides."""
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        at: Node,
+        mode: FakeTensorMode,
+        stamp: dict[str, Any] | None = None,
+    ) -> None:
+        self.graph_module = graph_module
+        self.at = at
+        self.mode = mode
+        self.stamp = stamp or {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """One operation on nodes and constants."""
+        with self.graph_module.graph.inserting_before(self.at):
+            node = self.graph_module.graph.call_function(target, args, kwargs)
+        node.meta.update(self.stamp)
+        node.meta["val"] = fake_result(node, self.mode)
+        return node
+
+    def copy(self, node: Node, known: dict[Node, Node]) -> Node:
+        """`node` of another graph (or place), with its arguments looked up in `known`."""
+        with self.graph_module.graph.inserting_before(self.at):
+            made = self.graph_module.graph.node_copy(node, lambda n: known.get(n, n))
+        made.meta = dict(node.meta)
+        return made
+
+    def attribute(self, name: str, held: Any) -> Node:
+        """A `get_attr` node for `held`, registered under a fresh name that starts with `name`."""
+        fresh, count = name, 0
+        while hasattr(self.graph_module, fresh):
+            count += 1
+            fresh = f"{name}_{count}"
+        if isinstance(held, torch.nn.Module):
+            self.graph_module.add_module(fresh, held)
+        else:
+            self.graph_module.register_buffer(fresh, held, persistent=False)
+        with self.graph_module.graph.inserting_before(self.at):
+            node = self.graph_module.graph.get_attr(fresh)
+        node.meta.update(self.stamp)
+        if isinstance(held, Tensor):
+            with self.mode:
+                node.meta["val"] = self.mode.from_tensor(held, static_shapes=True)
+        return node
+
+    def table(self, numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Node:
+        """A constant 1-d tensor."""
+        return self.attribute("table", torch.tensor(numbers, dtype=dtype, device=device))
+
+    def permute(self, node: Node, order: Sequence[int]) -> Node:
+        """`node` with its axes in `order`; a permutation of a permutation is one, or none."""
+        order = list(order)
+        if is_op(node, aten.permute.default):
+            inner = node.args[1]
+            assert isinstance(inner, (list, tuple))
+            rank = len(inner)
+            source = node.args[0]
+            assert isinstance(source, Node)
+            return self.permute(source, [int(inner[o]) % rank for o in order])  # type: ignore[arg-type]
+        if order == list(range(len(order))):
+            return node
+        return self.call(aten.permute.default, node, order)
+
+    def move(self, node: Node, source: int, target: int) -> Node:
+        """`node` with the axis `source` at `target`, the others in their order."""
+        order = [d for d in range(len(shape(node))) if d != source]
+        order.insert(target, source)
+        return self.permute(node, order)
+
+    def reshape(self, node: Node, sizes: Sequence[int]) -> Node:
+        if tuple(sizes) == shape(node):
+            return node
+        return self.call(aten.reshape.default, node, list(sizes))
+
+    def slice(self, node: Node, axis: int, start: int, stop: int, step: int = 1) -> Node:
+        """`node[..., start:stop:step]` on `axis`, or `node` itself if that is all of it."""
+        if start == 0 and stop >= shape(node)[axis] and step == 1:
+            return node
+        return self.call(aten.slice.Tensor, node, axis, start, stop, step)
+
+    def scan(
+        self, body: GraphModule, carries: Sequence[Node], slices: Sequence[Node],
+        invariants: Sequence[Node],
+    ) -> list[Node]:
+        """A scan of `body`; its final carries, then its per-step outputs, stacked on axis 0.
+
+        `body` takes the carries, one slice of each of `slices` (along their axis 0), and the
+        invariants; it returns the next carries, then this step's outputs.
+        """
+        attribute = self.attribute("body", body)
+        return self._results(SCAN, attribute, list(carries), list(slices), list(invariants))
+
+    def loop(self, run: Any, scan: Node) -> list[Node]:
+        """`run`, a function with scan's arguments and results, in place of `scan`."""
+        return self._results(run, *scan.args)
+
+    def _results(self, target: Any, *args: Any) -> list[Node]:
+        node = self.call(target, *args)
+        return [self.call(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
+
+
+def fake_result(node: Node, mode: FakeTensorMode) -> Any:
+    """What `node` returns, as fake tensors; scans are answered from their body's outputs."""
+    if node.op == "get_attr":
+        return node.meta.get("val")
+    if node.target in (SCAN, plain_loop):
+        return scan_result(node, mode)
+    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:
+    """Carries as they are, per-step outputs stacked on a new first axis."""
+    body = node.graph.owning_module.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+    carries, slices = node.args[1], node.args[2]
+    steps = value(slices[0]).shape[0]  # type: ignore[index, arg-type]
+    results = [value(n) for n in output_node(body).args[0]]  # type: ignore[union-attr, arg-type]
+    held = len(carries)  # type: ignore[arg-type]
+    with mode, torch.no_grad():
+        stacked = [r.new_empty((steps, *r.shape)) for r in results[held:]]
+        return tuple([r.new_empty(r.shape) for r in results[:held]] + stacked)
+
+
+def output_node(graph_module: GraphModule) -> Node:
+    return cast(Node, next(iter(reversed(graph_module.graph.nodes))))
+
+
+def placeholders(graph_module: GraphModule) -> list[Node]:
+    return [n for n in graph_module.graph.nodes if n.op == "placeholder"]

@@ -1,0 +1,302 @@
+"""A model and its inputs → one functional ATen graph in program order.
+
+One tracing step serves both doors, an `nn.Module` and Dynamo's graph: `make_fx` before
+dispatch (so that `linear` stays `linear` and grad regions are seen), over PyTorch's own
+functionalisation (so that nothing in the graph mutates anything). See docs/decisions/0001.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
+from torch.utils import _pytree as pytree
+
+from .facts import TORCH
+from .normal_form import UnsupportedRegion, normalize
+
+TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
+
+
+class CaptureError(Exception):
+    """The model could not be captured; says why, and at which line of the user's file."""
+
+    def __init__(self, reason: str, frames: Sequence[traceback.FrameSummary] = ()) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.frame = frames[-1] if frames else None
+
+    def __str__(self) -> str:
+        if self.frame is None:
+            return self.reason
+        at = f'{self.frame.filename}:{self.frame.lineno}'
+        return f"{self.reason}\n  at {at} in {self.frame.name}\n    {self.frame.line}"
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a model holds: where it hangs, and under which attribute."""
+
+    name: str  # qualified, as in state_dict
+    owner: nn.Module
+    attribute: str
+
+    def get(self) -> Tensor:
+        for held in (self.owner._parameters, self.owner._buffers, vars(self.owner)):
+            found = held.get(self.attribute)
+            if found is not None:
+                return cast(Tensor, found)
+        raise AttributeError(f"the model no longer has {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model's forward as a pure function of its state and its flat inputs.
+
+    The graph's placeholders are the `state` in order, then the flat tensor inputs
+    (`tensor_inputs` are their places among all flat inputs). Its outputs are the flat
+    outputs, then a new value for each of `written`. `same_as` maps an output to the
+    placeholder whose very tensor the model returns after writing to it.
+    """
+
+    graph_module: GraphModule
+    state: tuple[State, ...]
+    tensor_inputs: tuple[int, ...]
+    output_spec: pytree.TreeSpec
+    outputs: int
+    written: tuple[int, ...]
+    same_as: dict[int, int]
+    fake_mode: FakeTensorMode
+
+
+def underlying(model: nn.Module) -> nn.Module:
+    """The module whose parameters `model` runs on: itself, or the original of a rewritten one."""
+    found = vars(model).get("original")
+    return found if isinstance(found, nn.Module) else model
+
+
+def model_state(model: nn.Module) -> tuple[State, ...]:
+    """Parameters, buffers and plain tensor attributes, each tensor once."""
+    seen: set[int] = set()
+    found = []
+    for prefix, module in underlying(model).named_modules():
+        held = {**module._parameters, **module._buffers, **vars(module)}
+        for attribute, tensor in held.items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                found.append(State(name, module, attribute))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """The model with each of its tensors, shared ones too, replaced by that of the same id.
+
+    On the way out everything is put back, also what forward assigned meanwhile; raises
+    `CaptureError` if it did assign an attribute, since that effect would be lost.
+    """
+    holders: list[dict[str, Any]] = [
+        holder
+        for module in underlying(model).modules()
+        for holder in cast(
+            tuple[dict[str, Any], ...], (vars(module), module._parameters, module._buffers)
+        )
+    ]
+    before = [dict(holder) for holder in holders]
+    try:
+        swaps = []
+        for holder in holders:
+            for key, held in holder.items():
+                if isinstance(held, Tensor) and id(held) in tensors:
+                    holder[key] = tensors[id(held)]
+            swaps.append(dict(holder))
+        yield
+        for holder, swap in zip(holders, swaps, strict=True):
+            for key in holder.keys() | swap.keys():
+                if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
+                    raise CaptureError(
+                        f"forward assigns the attribute {key!r} of the model, an effect that a "
+                        "captured graph would not repeat; keep the value in a registered buffer "
+                        "and write to it in place"
+                    )
+    finally:
+        for holder, original in zip(holders, before, strict=True):
+            holder.clear()
+            holder.update(original)
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    fake_mode: FakeTensorMode | None = None,
+) -> Capture:
+    """Trace `model(*args, **kwargs)` on fake copies; the model is left as it was.
+
+    `fake_mode` is given when the inputs are fake already, as inside a torch.compile backend.
+    Raises `CaptureError` where forward depends on data, assigns attributes, or does
+    something that the tracer or a pass could not keep.
+    """
+    _refuse_unsupported_modules(model)
+    mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
+    state = model_state(model)
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))
+    trace = _Trace(model, flat, spec, places, state)
+    fakes = [_fake(mode, tensor) for tensor in (*(s.get() for s in state), *trace.inputs)]
+    with TRACING, mock.patch.object(
+        PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: user_frames(frames)
+    ):
+        try:
+            with mode, enable_python_dispatcher():
+                graph_module = make_fx(
+                    trace.functional, pre_dispatch=True, record_stack_traces=True
+                )(*fakes)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _explained(error) from error
+    assert trace.output_spec is not None
+    try:
+        normalize(graph_module, [s.name for s in state], mode)
+    except UnsupportedRegion as error:
+        raise CaptureError(str(error)) from error
+    return Capture(
+        graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
+        trace.same_as, mode,
+    )
+
+
+class _Trace:
+    """The flat, functional view of one call of a model that `make_fx` is run on."""
+
+    def __init__(
+        self, model: nn.Module, flat: list[Any], spec: pytree.TreeSpec, places: tuple[int, ...],
+        state: tuple[State, ...],
+    ) -> None:
+        self.model, self.flat, self.spec, self.places, self.state = model, flat, spec, places, state
+        self.inputs = [flat[i] for i in places]
+        self.output_spec: pytree.TreeSpec | None = None
+        self.outputs = 0
+        self.written: tuple[int, ...] = ()
+        self.same_as: dict[int, int] = {}
+
+    def functional(self, *fakes: Tensor) -> list[Any]:
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
+        above = torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        )
+        with above, mode:
+            wrapped = [_to_functional(t) for t in fakes]
+            leaves = self._call(wrapped)
+            after = [_from_functional(w) for w in wrapped]
+            self.written = tuple(i for i, (a, f) in enumerate(zip(after, fakes, strict=True))
+                                 if a is not f)
+            self._note_returned(leaves, wrapped)
+            return [*map(_from_functional, leaves), *(after[i] for i in self.written)]
+
+    def _call(self, wrapped: list[Any]) -> list[Any]:
+        held = len(self.state)
+        tensors = {id(s.get()): w for s, w in zip(self.state, wrapped[:held], strict=True)}
+        leaves = list(self.flat)
+        for place, leaf in zip(self.places, wrapped[held:], strict=True):
+            leaves[place] = leaf
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with swapped(self.model, tensors):
+            result = self.model(*args, **kwargs)
+        outputs, self.output_spec = pytree.tree_flatten(result)
+        self.outputs = len(outputs)
+        for leaf in outputs:
+            if not isinstance(leaf, (Tensor, int, float, bool, complex, str, type(None))):
+                raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor")
+        return outputs
+
+    def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:
+        for position, leaf in enumerate(leaves):
+            for source in self.written:
+                if leaf is wrapped[source]:
+                    self.same_as[position] = source
+                elif isinstance(leaf, FunctionalTensor) and _aliases(leaf, wrapped[source]):
+                    raise CaptureError("forward returns a view of a tensor that it writes to")
+
+
+def _aliases(one: FunctionalTensor, other: FunctionalTensor) -> bool:
+    return bool(one.elem.untyped_storage()._cdata == other.elem.untyped_storage()._cdata)
+
+
+def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or isinstance(leaf, torch._subclasses.FakeTensor):
+        return leaf
+    return mode.from_tensor(leaf, static_shapes=True)
+
+
+def _to_functional(leaf: Any) -> Any:
+    return FunctionalTensor.to_functional(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _from_functional(leaf: Any) -> Any:
+    if not isinstance(leaf, FunctionalTensor):
+        return leaf
+    torch._sync(leaf)  # type: ignore[attr-defined, no-untyped-call]
+    return torch._from_functional_tensor(leaf.elem)
+
+
+def _refuse_unsupported_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f" ({name})" if name else ""
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise CaptureError(
+                f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
+                "inside (`.module`) and wrap the result"
+            )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
+
+
+def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
+    """The frames of the model's own source: without torch's and without ours."""
+    own = str(__file__).rsplit("/", 1)[0]
+    kept = [f for f in frames if not f.filename.startswith((TORCH, own, "<"))]
+    inside = [i for i, f in enumerate(frames) if f.filename.startswith(own)]
+    if inside:
+        after = set(map(id, frames[inside[-1]:]))
+        kept = [f for f in kept if id(f) in after]
+    return traceback.StackSummary.from_list(kept)
+
+
+def _explained(error: Exception) -> CaptureError:
+    """The tracer's exception in the user's terms, at the user's line."""
+    frames = user_frames(traceback.extract_tb(error.__traceback__))
+    known: tuple[tuple[str, str], ...] = (
+        ("DataDependentOutputException",
+         "forward asks for the value of a tensor (data-dependent control flow or `.item()`), "
+         "which has no place in a graph; use torch.where, or keep the value a tensor"),
+        ("GuardOnDataDependentSymNode",
+         "forward branches on the value of a tensor (data-dependent control flow or `.item()`), "
+         "which has no place in a graph; use torch.where, or keep the value a tensor"),
+        ("DynamicOutputShapeException",
+         "an operation's output shape depends on the data (as nonzero or a boolean mask does)"),
+        ("UnsupportedFakeTensorException", "an operation has no rule for its output's shape"),
+    )
+    names = [kind.__name__ for kind in type(error).__mro__]
+    for name, reason in known:
+        if name in names:
+            return CaptureError(reason, frames)
+    return CaptureError(f"{type(error).__name__}: {error}", frames)
+
+

@@ -1,0 +1,125 @@
+"""The inputs and parameters that two programs are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Leaves = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: flat inputs, and what is done to the parameters before it."""
+
+    name: str
+    inputs: Leaves
+    parameters: Callable[[Tensor], Tensor]
+    seed: int
+
+
+def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
+    """The given inputs, `several` random ones like them, then the telling special ones.
+
+    Random floating inputs have the given ones' mean and spread; random integers stay within
+    the range of the given ones, so that an index table stays in range.
+    """
+    yield Case("given inputs", inputs, as_they_are, seed)
+    for drawn_from in range(seed + 1, seed + 1 + several):
+        drawn = tuple(random_like(leaf, drawn_from) for leaf in inputs)
+        yield Case(f"random inputs, seed {drawn_from}", drawn, as_they_are, drawn_from)
+    drawn = tuple(random_like(leaf, seed) for leaf in inputs)
+    yield Case("gates near one", drawn, near_one, seed)
+
+
+def odd_values(inputs: Leaves, seed: int) -> Iterator[Case]:
+    """Inputs with NaN, with infinities, all zero, and very large."""
+    if not any(isinstance(i, Tensor) and i.is_floating_point() and i.numel() for i in inputs):
+        return
+    for name, number in (("NaN", float("nan")), ("Inf", float("inf"))):
+        drawn = tuple(sprinkled(leaf, number, seed) for leaf in inputs)
+        yield Case(f"{name} in the inputs", drawn, as_they_are, seed)
+    zeros = tuple(
+        torch.zeros_like(i) if isinstance(i, Tensor) and i.is_floating_point() else i
+        for i in inputs
+    )
+    yield Case("zero inputs", zeros, as_they_are, seed)
+
+
+def as_they_are(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+def near_one(parameter: Tensor) -> Tensor:
+    """Vectors pushed to where a sigmoid is almost one: what a recurrence forgets slowly counts."""
+    return parameter + 4 if parameter.dim() == 1 else parameter
+
+
+def random_like(leaf: Any, seed: int) -> Any:
+    """A tensor like `leaf` with other contents (its strides are kept); other leaves as they are."""
+    if not isinstance(leaf, Tensor) or leaf.numel() == 0:
+        return leaf
+    generator = torch.Generator().manual_seed(seed)
+    if leaf.is_floating_point() or leaf.is_complex():
+        wide = leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64)
+        spread = wide.std() if leaf.numel() > 1 else wide.abs().mean()
+        noise = torch.randn(leaf.shape, generator=generator, dtype=wide.dtype)
+        contents = wide.mean() + noise.to(leaf.device) * spread
+    elif leaf.dtype == torch.bool:
+        contents = torch.rand(leaf.shape, generator=generator) < 0.5
+    else:
+        low, high = int(leaf.min()), int(leaf.max())
+        contents = torch.randint(low, high + 1, leaf.shape, generator=generator)
+    return laid_out_like(leaf, contents)
+
+
+def sprinkled(leaf: Any, number: float, seed: int) -> Any:
+    """A copy of a floating tensor with one value in sixteen (and one at least) replaced."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() == 0:
+        return leaf
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(leaf.shape, generator=generator) < 1 / 16
+    chosen.view(-1)[-1] = True
+    return laid_out_like(leaf, leaf.detach().masked_fill(chosen.to(leaf.device), number))
+
+
+def laid_out_like(leaf: Tensor, contents: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`contents` in a new tensor like `leaf`: device, strides, requires_grad, dtype or `dtype`."""
+    made = torch.empty_strided(
+        leaf.shape, _strides_without_overlap(leaf), dtype=dtype or leaf.dtype, device=leaf.device
+    )
+    made.copy_(contents)
+    return made.requires_grad_(leaf.requires_grad)
+
+
+def _strides_without_overlap(leaf: Tensor) -> tuple[int, ...]:
+    needed = 1 + sum((s - 1) * st for s, st in zip(leaf.shape, leaf.stride(), strict=True))
+    overlapping = 0 in leaf.stride() or leaf.numel() > max(needed, 0)
+    return torch.empty(leaf.shape, device="meta").stride() if overlapping else leaf.stride()
+
+
+def copied(leaves: Leaves, convert: Callable[[Tensor], Tensor] = as_they_are) -> Leaves:
+    """The leaves with each tensor copied, strides kept, and converted."""
+    return tuple(
+        laid_out_like(leaf, leaf.detach(), convert(leaf.detach()).dtype)
+        if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    )
+
+
+def attached(leaf: Tensor) -> Tensor:
+    """A copy of a leaf through which gradients reach it, and which may be written to."""
+    made = torch.empty_strided(
+        leaf.shape, _strides_without_overlap(leaf), dtype=leaf.dtype, device=leaf.device
+    )
+    return made.copy_(leaf)
+
+
+def flat(args: Any, kwargs: Any = None) -> tuple[Leaves, pytree.TreeSpec]:
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    return tuple(leaves), spec

@@ -1,0 +1,344 @@
+"""A graph → readable Python source, and the function that this source defines.
+
+What is shown is what runs: the source uses torch's own functions and operators, which also
+cost less per call than operator overloads. Scans that were lowered appear as `for` loops.
+"""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .builder import output_node, placeholders
+from .facts import aten, body_of, has_body, is_op, is_tensor, shape, source_line, value
+
+INDENT = "    "
+LARGE = 1 << 16  # bytes: a local that holds more is deleted after its last use
+
+INFIX = {
+    aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/",
+    aten.matmul.default: "@", aten.add.Scalar: "+", aten.mul.Scalar: "*", aten.sub.Scalar: "-",
+    aten.div.Scalar: "/", aten.pow.Tensor_Scalar: "**", aten.lt.Tensor: "<", aten.gt.Tensor: ">",
+    aten.le.Tensor: "<=", aten.ge.Tensor: ">=",
+}
+METHODS = {
+    aten.reshape.default: "reshape", aten.permute.default: "permute", aten.expand.default: "expand",
+    aten.unsqueeze.default: "unsqueeze", aten.select.int: "select", aten.unfold.default: "unfold",
+    aten.contiguous.default: "contiguous", aten.clone.default: "clone",
+    aten.detach.default: "detach", aten.new_zeros.default: "new_zeros",
+    aten.squeeze.dim: "squeeze", aten.neg.default: "neg",
+}
+FUNCTIONAL = {
+    aten.linear.default: "linear", aten.gelu.default: "gelu", aten.silu.default: "silu",
+    aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
+}
+TORCH_FUNCTIONS = {
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.exp.default,
+    aten.log.default, aten.sigmoid.default, aten.tanh.default, aten.softmax.int,
+    aten.log_softmax.int, aten.logsumexp.default, aten.amax.default, aten.amin.default,
+    aten.stack.default, aten.cat.default, aten.where.self, aten.maximum.default,
+    aten.minimum.default, aten.sqrt.default, aten.rsqrt.default, aten.relu.default,
+    aten.abs.default, aten.sin.default, aten.cos.default, aten.cumsum.default, aten.bmm.default,
+    aten.addmm.default, aten.einsum.default, aten.layer_norm.default, aten.flip.default,
+    aten.slice_scatter.default, aten.select_scatter.default, aten.index_select.default,
+    aten.embedding.default, aten.zeros_like.default, aten.full_like.default, aten.rsub.Scalar,
+    aten.mm.default, aten.baddbmm.default, aten.clamp.default, aten.reciprocal.default,
+}
+
+
+def emit(graph_module: GraphModule, name: str = "forward") -> str:
+    """Python source of a function that computes what `graph_module` does.
+
+    Its arguments are the graph's placeholders (parameters under their own names first); its
+    constants and autocast calls are global names, bound by `compiled`.
+    """
+    return _Source(graph_module).function(name)
+
+
+def compiled(graph_module: GraphModule) -> tuple[Callable[..., Any], str]:
+    """The function that `emit`'s source defines, and the source; tracebacks show its lines."""
+    writer = _Source(graph_module)
+    source = writer.function("forward")
+    filename = f"<looplift {next(_NUMBERS)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    scope: dict[str, Any] = {"torch": torch, "inf": float("inf"), "nan": float("nan"),
+                             **writer.globals}
+    exec(compile(source, filename, "exec"), scope)
+    return cast(Callable[..., Any], scope["forward"]), source
+
+
+_NUMBERS = count()
+
+
+class _Source:
+    """Writes one function, loops of its scans included."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.names: dict[Node, str] = {}
+        self.taken: set[str] = {"torch", "inf", "nan", "forward", "device"}
+        self.globals: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.at: str = ""
+
+    def function(self, name: str) -> str:
+        heads = [self._name(n) for n in placeholders(self.graph_module)]
+        self._block(self.graph_module, INDENT)
+        self.lines.append(f"{INDENT}return {self._text(output_node(self.graph_module).args[0])}")
+        signature = _wrapped(f"def {name}(", heads, "):")
+        return "\n".join([signature, *self.lines]) + "\n"
+
+    def _name(self, node: Node) -> str:
+        if node not in self.names:
+            base = re.sub(r"_default|_tensor|_int|_dim_int_list|_scalar", "", node.name)
+            base = re.sub(r"_\d+$", "", base) if node.op != "placeholder" else node.name
+            if keyword.iskeyword(base) or not base.isidentifier():
+                base = f"{base}_"
+            name, number = base, 0
+            while name in self.taken:
+                number += 1
+                name = f"{base}_{number}"
+            self.taken.add(name)
+            self.names[node] = name
+        return self.names[node]
+
+    def _block(self, graph_module: GraphModule, indent: str) -> None:
+        last = _last_uses(graph_module)
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                if not has_body_user(node):
+                    self.globals[self._name(node)] = _attribute(graph_module, str(node.target))
+            elif node.op == "call_function" and not _folded(node):
+                self._where(node, indent)
+                if has_body(node):
+                    self._loop(node, indent)
+                elif not _from_loop(node):
+                    self.lines.append(f"{indent}{self._name(node)} = {self._expression(node)}")
+                dead = [self._name(n) for n in last.get(node, ()) if n in self.names]
+                if dead and indent == INDENT:
+                    self.lines.append(f"{indent}del {', '.join(dead)}")
+
+    def _where(self, node: Node, indent: str) -> None:
+        line = source_line(node)
+        if line is not None and str(line) != self.at:
+            self.at = str(line)
+            self.lines.append(f"{indent}# {line}  {line.text}".rstrip())
+
+    def _loop(self, node: Node, indent: str) -> None:
+        """A lowered scan as a `for` loop over unbound slices."""
+        body = body_of(node)
+        carries, slices, fixed = (cast(list[Node], node.args[i]) for i in (1, 2, 3))
+        heads = placeholders(body)
+        held, read = len(carries), len(slices)
+        outputs = cast(tuple[Node, ...], output_node(body).args[0])
+        users = {cast(int, u.args[1]): u for u in node.users}
+        for head, outer in zip(heads[held + read :], fixed, strict=True):
+            self.names[head] = self._name(outer)
+        for head, start in zip(heads[:held], carries, strict=True):
+            self.lines.append(f"{indent}{self._name(head)} = {self._text(start)}")
+        kept = [k for k in range(held, len(outputs)) if k in users]
+        columns = {k: self._fresh("outputs") for k in kept}
+        for name in columns.values():
+            self.lines.append(f"{indent}{name} = []")
+        steps = [self._name(head) for head in heads[held : held + read]]
+        sources = [self._unbound(s) for s in slices]
+        if read == 1:
+            self.lines.append(f"{indent}for {steps[0]} in {sources[0]}:")
+        else:
+            self.lines.append(_wrapped(f"{indent}for {', '.join(steps)} in zip(", sources, "):"))
+        inner = indent + INDENT
+        self._block(body, inner)
+        for k in kept:
+            self.lines.append(f"{inner}{columns[k]}.append({self._text(outputs[k])})")
+        pairs = zip(heads[:held], outputs, strict=False)
+        moved = [(self._name(h), self._text(o)) for h, o in pairs if h is not o]
+        if moved:
+            left, right = (", ".join(side) for side in zip(*moved, strict=True))
+            self.lines.append(f"{inner}{left} = {right}")
+        for k, user in sorted(users.items()):
+            if k < held:
+                self.names[user] = self._name(heads[k])
+                continue
+            target, axis = _stacked_as(user)
+            self.lines.append(
+                f"{indent}{self._name(target)} = torch.stack({columns[k]}, {axis})"
+            )
+            self.lines.append(f"{indent}del {columns[k]}")
+
+    def _fresh(self, base: str) -> str:
+        name, number = base, 0
+        while name in self.taken:
+            number += 1
+            name = f"{base}_{number}"
+        self.taken.add(name)
+        return name
+
+    def _unbound(self, node: Node) -> str:
+        axis = _front_axis(node)
+        if axis is not None:
+            return f"{self._text(node.args[0])}.unbind({axis})"
+        return f"{self._text(node)}.unbind(0)"
+
+    def _text(self, leaf: Any) -> str:
+        match leaf:
+            case Node():
+                if _folded(leaf):
+                    return self._expression(leaf)
+                return self._name(leaf)
+            case list() | tuple():
+                inner = ", ".join(self._text(item) for item in leaf)
+                return f"[{inner}]"
+            case torch.device():
+                return f"torch.device({str(leaf)!r})"
+            case torch.Size():
+                return self._text(list(leaf))
+            case _:
+                return repr(leaf)
+
+    def _expression(self, node: Node) -> str:
+        target = node.target
+        args = [self._text(a) for a in node.args]
+        named = [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
+        if target is operator.getitem:
+            return f"{args[0]}[{args[1]}]"
+        if target in INFIX and not named and len(args) == 2:
+            left, right = map(_operand, node.args, args)
+            return f"{left} {INFIX[target]} {right}"
+        if target is aten.slice.Tensor and len(args) == 5:
+            return f"{args[0]}[{_slice_text(node)}]"
+        if target in METHODS and args:
+            return f"{args[0]}.{METHODS[target]}({', '.join(args[1:] + named)})"
+        return f"{self._callee(target)}({', '.join(args + named)})"
+
+    def _callee(self, target: Any) -> str:
+        if target in FUNCTIONAL:
+            return f"torch.nn.functional.{FUNCTIONAL[target]}"
+        if target in TORCH_FUNCTIONS:
+            return f"torch.{target._opname}"
+        if isinstance(target, torch._ops.OpOverload):
+            space, _, name = target._schema.name.partition("::")
+            return f"torch.ops.{space}.{name}.{target._overloadname}"
+        name = str(getattr(target, "__name__", "call"))
+        self.globals[name] = target
+        return name
+
+
+def _operand(leaf: Any, text: str) -> str:
+    negative = isinstance(leaf, (int, float)) and leaf < 0
+    return f"({text})" if negative else text
+
+
+def _slice_text(node: Node) -> str:
+    _, axis, start, stop, step = cast(tuple[Node, int, int, int, int], node.args)
+    source = cast(Node, node.args[0])
+    begin = str(start) if start else ""
+    end = str(stop) if stop < shape(source)[axis] else ""
+    stride = f":{step}" if step != 1 else ""
+    return f"{':, ' * axis}{begin}:{end}{stride}"
+
+
+def _wrapped(opening: str, items: Sequence[str], closing: str) -> str:
+    """`opening` items `closing`, one item to a line if they don't fit on one."""
+    flat = f"{opening}{', '.join(items)}{closing}"
+    if len(flat) <= 100:
+        return flat
+    indent = " " * (len(opening) - len(opening.lstrip()) + 8)
+    body = "".join(f"\n{indent}{item}," for item in items)
+    return f"{opening}{body}\n{indent[8:]}{closing}"
+
+
+def has_body_user(node: Node) -> bool:
+    """Whether a `get_attr` node only names the body of scans."""
+    return bool(node.users) and all(has_body(u) for u in node.users)
+
+
+def _attribute(graph_module: GraphModule, path: str) -> Any:
+    found: Any = graph_module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _from_loop(node: Node) -> bool:
+    """Whether `_loop` has written `node` already: a loop's result, or its one permute."""
+    if node.target is operator.getitem and has_body(node.args[0]):
+        return True
+    if not is_op(node, aten.permute.default):
+        return False
+    source = node.args[0]
+    return (
+        isinstance(source, Node) and _from_loop(source) and source.target is operator.getitem
+        and _stacked_as(source)[0] is node
+    )
+
+
+def _stacked_as(result: Node) -> tuple[Node, int]:
+    """The node that a loop's stacked result is, and the axis to stack it along.
+
+    If the result is only ever permuted to put its steps elsewhere, it is stacked there.
+    """
+    loop = cast(Node, result.args[0])
+    if cast(int, result.args[1]) < len(cast(list[Node], loop.args[1])):
+        return result, 0
+    users = list(result.users)
+    if len(users) == 1 and is_op(users[0], aten.permute.default):
+        order = list(cast(list[int], users[0].args[1]))
+        axis = order.index(0)
+        if [d for d in order if d] == sorted(d for d in order if d):
+            return users[0], axis
+    return result, 0
+
+
+def _front_axis(node: Node) -> int | None:
+    """The axis that `node`, a permute, only moves to the front, if it is one."""
+    if not is_op(node, aten.permute.default):
+        return None
+    first, *rest = cast(list[int], node.args[1])
+    return first if rest == sorted(rest) else None
+
+
+def _folded(node: Node) -> bool:
+    """Whether `node` is written in place: a permute that only feeds the steps of loops."""
+    if _front_axis(node) is None or _from_loop(node):
+        return False
+    return bool(node.users) and all(
+        has_body(u) and node in cast(list[Node], u.args[2])
+        and node not in cast(list[Node], u.args[1]) and node not in cast(list[Node], u.args[3])
+        for u in node.users
+    )
+
+
+def _last_uses(graph_module: GraphModule) -> Mapping[Node, list[Node]]:
+    """For each node, the large locals that nothing after it uses."""
+    last: dict[Node, list[Node]] = {}
+    end = output_node(graph_module)
+    seen: set[Node] = set()
+
+    def visit(user: Node, at: Node) -> None:
+        for source in user.all_input_nodes:
+            if _folded(source):
+                visit(source, at)
+            elif source not in seen:
+                seen.add(source)
+                if source.op == "call_function" and at is not end and _is_large(source):
+                    last.setdefault(at, []).append(source)
+
+    for node in reversed(list(graph_module.graph.nodes)):
+        if not _folded(node):
+            visit(node, node)
+    return last
+
+
+def _is_large(node: Node) -> bool:
+    if not is_tensor(node):
+        return False
+    tensor = value(node)
+    return tensor.numel() * tensor.element_size() >= LARGE

@@ -1,0 +1,28 @@
+"""The plain way to run a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+def plain_loop(
+    body: GraphModule, carries: Sequence[Tensor], slices: Sequence[Tensor],
+    invariants: Sequence[Any],
+) -> tuple[Tensor, ...]:
+    """Final carries, then per-step outputs stacked on axis 0.
+
+    `body(*carries, *step, *invariants)` gives the next carries, then this step's outputs;
+    `step` is one slice of each of `slices`, along axis 0. At least one step.
+    """
+    held = len(carries)
+    collected: list[list[Tensor]] = []
+    for step in zip(*(s.unbind(0) for s in slices), strict=True):
+        results = body(*carries, *step, *invariants)
+        carries = results[:held]
+        collected.append(results[held:])
+    return (*carries, *(torch.stack(column) for column in zip(*collected, strict=True)))

@@ -1,0 +1,188 @@
+"""Interleaved, calibrated timings and peak memory of several callables.
+
+`torch.utils.benchmark` does the timing. Candidates take turns within one run, so that what
+the machine does meanwhile falls on all alike, and the first candidate is timed twice: how
+far it is from itself is the noise, and nothing inside the noise is called a gain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Timer
+
+from .cases import copied, flat
+
+AGAIN = "naive again"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate: seconds per call, and its time as a share of the first candidate's.
+
+    `ratio` is first / this (above 1: faster), the median over the rounds; `low` and `high`
+    bound the middle half of the rounds. `memory` is peak bytes allocated by one call.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates timed in one interleaved run; `noise` is the first one's against itself."""
+
+    mode: str
+    timings: tuple[Timing, ...]
+    noise: float
+    rounds: int
+    threads: int
+
+    def __getitem__(self, name: str) -> Timing:
+        return next(t for t in self.timings if t.name == name)
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], *, mode: str = "", rounds: int = 7,
+    seconds: float = 3.0, seed: int = 0,
+) -> Comparison:
+    """Time the candidates in turns for about `seconds` in all, and compare with the first."""
+    names = list(candidates)
+    runs = {**candidates, AGAIN: candidates[names[0]]}
+    threads = torch.get_num_threads()
+    timers = {n: Timer("run()", globals={"run": run}, num_threads=threads)
+              for n, run in runs.items()}
+    once = {n: min(timer.timeit(1).mean for _ in range(2)) for n, timer in timers.items()}
+    share = seconds / (rounds * len(runs))
+    if sum(once.values()) * rounds > 4 * seconds:
+        rounds = max(3, int(4 * seconds / sum(once.values())))
+    calls = {n: max(1, min(10_000, int(share / max(t, 1e-7)))) for n, t in once.items()}
+    order, shuffle = list(runs), random.Random(seed)
+    times: dict[str, list[float]] = {n: [] for n in runs}
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(timers[name].timeit(calls[name]).mean)
+    base = times[names[0]]
+    own = [abs(a / b - 1) for a, b in zip(base, times[AGAIN], strict=True)]
+    timings = tuple(_timing(n, base, times[n]) for n in names)
+    return Comparison(mode, timings, statistics.median(own), rounds, threads)
+
+
+def _timing(name: str, base: Sequence[float], own: Sequence[float]) -> Timing:
+    ratios = sorted(b / o for b, o in zip(base, own, strict=True))
+    quarter = len(ratios) // 4
+    return Timing(name, statistics.median(own), statistics.median(ratios), ratios[quarter],
+                  ratios[-1 - quarter])
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that one call holds at a time, on top of what was there before."""
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with _quiet(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes that the profiler's C++ side writes to stderr when it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> Callable[[], Any]:
+    """One inference, or one training step (a loss, its backward, gradients dropped), of `model`."""
+    if not training:
+
+        def inference() -> None:
+            with torch.no_grad():
+                model(*args, **kwargs)
+
+        return inference
+    leaves, spec = flat(args, kwargs)
+    own = copied(leaves)
+    args, kwargs = pytree.tree_unflatten(list(own), spec)
+    held = list(model.parameters()) if isinstance(model, nn.Module) else []
+    wanted = [t for t in (*held, *own) if isinstance(t, Tensor) and t.requires_grad]
+
+    def training_step() -> None:
+        outputs = [o for o in pytree.tree_leaves(model(*args, **kwargs))
+                   if isinstance(o, Tensor) and o.requires_grad]
+        loss = sum((o.abs() if o.is_complex() else o).float().mean() for o in outputs)
+        if isinstance(loss, Tensor):
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+
+    return training_step
+
+
+def device_of(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
+    tensors = [t for t in (*model.parameters(), *leaves) if isinstance(t, Tensor)]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def compare(
+    a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
+    mode: str = "both", rounds: int = 7, seconds: float = 3.0, memory: bool = True,
+) -> tuple[Comparison, ...]:
+    """Time and weigh module `b` against module `a` on the same inputs.
+
+    One `Comparison` for each of "inference" and "training", or for the one asked for; its
+    timings are named "a" and "b", and `b`'s ratio is how many times faster it is.
+    """
+    return compare_all({"a": a, "b": b}, args, kwargs, mode=mode, rounds=rounds, seconds=seconds,
+                       memory=memory)
+
+
+def compare_all(
+    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
+    mode: str = "both", rounds: int = 7, seconds: float = 3.0, memory: bool = True,
+) -> tuple[Comparison, ...]:
+    """`compare` for any number of modules; ratios are to the first."""
+    found = []
+    for one in ("inference", "training") if mode == "both" else (mode,):
+        runs = {n: call(m, args, kwargs or {}, one == "training") for n, m in models.items()}
+        timed = interleaved(runs, mode=one, rounds=rounds, seconds=seconds)
+        if memory:
+            device = device_of(next(iter(models.values())), flat(args, kwargs)[0])
+            weighed = tuple(
+                Timing(t.name, t.seconds, t.ratio, t.low, t.high, peak_memory(runs[t.name], device))
+                for t in timed.timings
+            )
+            timed = Comparison(timed.mode, weighed, timed.noise, timed.rounds, timed.threads)
+        found.append(timed)
+    return tuple(found)

@@ -1,0 +1,313 @@
+"""One way to write each thing, so that equal steps of a loop look equal.
+
+Grad regions become `detach`es, multi-output splits become `select`s and `slice`s, each read
+stands right before its reader, reads of what was just written become the written value, and
+`view` becomes `reshape`, so that a later change of strides cannot break it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from .builder import Builder, fake_result, output_node, placeholders
+from .facts import aten, is_op, is_pure, is_random, is_region_marker, is_tensor, shape, value
+
+READS = (aten.select.int, aten.slice.Tensor)
+LONGEST_WALK = 64  # writes looked back through for the one that a read sees
+
+
+class UnsupportedRegion(Exception):
+    """The graph holds a call that is neither an operator nor a known region marker."""
+
+
+def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeTensorMode) -> None:
+    """Bring a freshly traced graph into normal form, in place."""
+    name_inputs(graph_module, state_names)
+    detach_regions(graph_module, mode)
+    simplify(graph_module, mode)
+    remove_dead(graph_module)
+    sink_reads(graph_module)
+    graph_module.recompile()
+
+
+def name_inputs(graph_module: GraphModule, state_names: Sequence[str]) -> None:
+    """Placeholders of the model's state carry its qualified names."""
+    for position, node in enumerate(placeholders(graph_module)):
+        if position < len(state_names):
+            node.meta["state"] = state_names[position]
+            wanted = re.sub(r"\W", "_", state_names[position])
+        else:
+            wanted = f"input_{position - len(state_names)}"
+        node.name = graph_module.graph._graph_namespace.create_name(wanted, None)
+        node.target = node.name
+
+
+def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """Inside `no_grad`, every value that enters is detached; the region markers go."""
+    enabled = True
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            graph_module.graph.erase_node(node)
+        elif is_region_marker(node):
+            continue
+        elif not isinstance(node.target, torch._ops.OpOverload) and (
+            node.target is not operator.getitem
+        ):
+            raise UnsupportedRegion(f"the call {node.target} can't be kept in a graph")
+        elif not enabled and node.target is not operator.getitem:
+            build = Builder(graph_module, node, mode, {**node.meta})
+            fresh = {
+                n: build.call(aten.detach.default, n)
+                for n in node.all_input_nodes
+                if is_tensor(n) and not n.meta.get("no_grad")
+            }
+            for source, detached in fresh.items():
+                node.replace_input_with(source, detached)
+            node.meta["no_grad"] = True
+
+
+def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """Apply the one-node rules of `RULES`, in program order."""
+    for node in list(graph_module.graph.nodes):
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        stamp = {k: v for k, v in node.meta.items() if k in ("stack_trace", "no_grad")}
+        found = rule(node, Builder(graph_module, node, mode, stamp))
+        if found is not None and found is not node:
+            node.replace_all_uses_with(found)
+            graph_module.graph.erase_node(node)
+
+
+def remove_dead(graph_module: GraphModule) -> None:
+    """Remove what nobody uses, except random operations: they advance the generator."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if not node.users and is_pure(node):
+            graph_module.graph.erase_node(node)
+
+
+def sink_reads(graph_module: GraphModule) -> None:
+    """Give each reader of a `select` or `slice` its own, right before it."""
+    graph = graph_module.graph
+    end = output_node(graph_module)
+    for node in reversed(list(graph.nodes)):
+        if not is_op(node, *READS):
+            continue
+        for user in list(node.users):
+            if user is end or (user.prev is node and len(node.users) == 1):
+                continue
+            with graph.inserting_before(user):
+                own = graph.node_copy(node)
+            own.meta = dict(node.meta)
+            user.replace_input_with(node, own)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _select(node: Node, build: Builder) -> Node | None:
+    source, axis, index = cast(tuple[Node, int, int], node.args)
+    axis %= len(shape(source))
+    index %= max(shape(source)[axis], 1)
+    written = _written(source, aten.select_scatter.default, (axis, index))
+    if isinstance(written, Node) and is_op(written, aten.select_scatter.default):
+        return cast(Node, written.args[1])
+    node.args = (written or source, axis, index)
+    return None
+
+
+def _slice_range(args: Sequence[Any], axis_size: int) -> tuple[int, int, int]:
+    start, stop, step = [*args, *[None, None, 1][len(args) :]]
+    begin, end, stride = slice(start, stop, step).indices(axis_size)
+    return begin, max(begin, end), stride
+
+
+def _slice(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    axis = cast(int, node.args[1] if len(node.args) > 1 else 0) % len(shape(source))
+    start, stop, step = _slice_range(node.args[2:], shape(source)[axis])
+    if (start, step) == (0, 1) and stop == shape(source)[axis]:
+        return source
+    if is_op(source, aten.slice_scatter.default) and source.args[2:] == (axis, start, stop, step):
+        return cast(Node, source.args[1])
+    node.args = (source, axis, start, stop, step)
+    return None
+
+
+def _written(source: Node, scatter: object, place: tuple[int, int]) -> Node | None:
+    """The write that a read at `place` (axis, index) sees: its node, or the untouched buffer."""
+    for _ in range(LONGEST_WALK):
+        if not is_op(source, scatter):
+            return source
+        if source.args[2] != place[0]:
+            return source
+        if source.args[3] == place[1]:
+            return source
+        source = cast(Node, source.args[0])
+    return None
+
+
+def _select_scatter(node: Node, build: Builder) -> Node | None:
+    source, written, axis, index = cast(tuple[Node, Node, int, int], node.args)
+    axis %= len(shape(source))
+    index %= shape(source)[axis]
+    if is_op(source, aten.select_scatter.default) and source.args[2:] == (axis, index):
+        source = cast(Node, source.args[0])
+    node.args = (source, written, axis, index)
+    return None
+
+
+def _slice_scatter(node: Node, build: Builder) -> Node | None:
+    source, written = cast(tuple[Node, Node], node.args[:2])
+    axis = cast(int, node.args[2] if len(node.args) > 2 else 0) % len(shape(source))
+    start, stop, step = _slice_range(node.args[3:], shape(source)[axis])
+    if (start, step) == (0, 1) and stop == shape(source)[axis]:
+        return written
+    place = (axis, start, stop, step)
+    if is_op(source, aten.slice_scatter.default) and source.args[2:] == place:
+        source = cast(Node, source.args[0])
+    node.args = (source, written, *place)
+    return None
+
+
+def _copy(node: Node, build: Builder) -> Node | None:
+    target, source = cast(tuple[Node, Node], node.args[:2])
+    if value(source).dtype != value(target).dtype:
+        source = build.call(aten._to_copy.default, source, dtype=value(target).dtype)
+    if value(source).device != value(target).device:
+        return None
+    if shape(source) != shape(target):
+        source = build.call(aten.expand.default, source, list(shape(target)))
+    return source
+
+
+def _reshape(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    while is_op(source, aten.reshape.default, aten.clone.default):
+        source = cast(Node, source.args[0])  # a copy made only to be viewed, a view of a view
+    if shape(source) == shape(node):
+        return source
+    if is_op(node, aten.reshape.default) and source is node.args[0]:
+        node.args = (source, list(shape(node)))
+        return None
+    return build.call(aten.reshape.default, source, list(shape(node)))
+
+
+def _unbind(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    axis = cast(int, node.args[1] if len(node.args) > 1 else 0) % len(shape(source))
+    for item in list(node.users):
+        build.at = item
+        one = build.call(aten.select.int, source, axis, cast(int, item.args[1]))
+        item.replace_all_uses_with(one)
+        build.graph_module.graph.erase_node(item)
+    return None
+
+
+def _pieces(node: Node, build: Builder) -> Node | None:
+    """`split`, `chunk` and `split_with_sizes` as slices, by the sizes of their results."""
+    source = cast(Node, node.args[0])
+    axis = cast(int, node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))
+    axis %= len(shape(source))
+    starts = [0]
+    for piece in node.meta["val"]:
+        starts.append(starts[-1] + piece.shape[axis])
+    for item in list(node.users):
+        place = cast(int, item.args[1])
+        build.at = item
+        one = build.slice(source, axis, starts[place], starts[place + 1])
+        item.replace_all_uses_with(one)
+        build.graph_module.graph.erase_node(item)
+    return None
+
+
+def _same_if(unchanged: Callable[[Node], bool]) -> Callable[[Node, Builder], Node | None]:
+    def rule(node: Node, build: Builder) -> Node | None:
+        return cast(Node, node.args[0]) if unchanged(node) else None
+
+    return rule
+
+
+def _keeps_shape(node: Node) -> bool:
+    return shape(cast(Node, node.args[0])) == shape(node)
+
+
+def _permute(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    rank = len(shape(source))
+    order = [d % rank for d in cast(list[int], node.args[1])]
+    while is_op(source, aten.permute.default):
+        inner = cast(list[int], source.args[1])
+        order = [inner[d] for d in order]
+        source = cast(Node, source.args[0])
+    node.args = (source, order)
+    return source if order == list(range(rank)) else None
+
+
+def _transpose(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    rank = len(shape(source))
+    if rank == 0:
+        return source
+    first, second = (cast(int, d) % rank for d in node.args[1:3])
+    order = list(range(rank))
+    order[first], order[second] = order[second], order[first]
+    return build.call(aten.permute.default, source, order)
+
+
+def _t(node: Node, build: Builder) -> Node | None:
+    source = cast(Node, node.args[0])
+    if len(shape(source)) < 2:
+        return source
+    return build.call(aten.permute.default, source, [1, 0])
+
+
+RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.select_scatter.default: _select_scatter,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.copy.default: _copy,
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.unbind.int: _unbind,
+    aten.split.Tensor: _pieces,
+    aten.chunk.default: _pieces,
+    aten.split_with_sizes.default: _pieces,
+    aten.tensor_split.sections: _pieces,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _t,
+    aten.expand.default: _same_if(_keeps_shape),
+    aten.alias.default: _same_if(lambda node: True),
+}
+
+
+def propagate(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """Recompute every fake result from the placeholders on, so that strides are true.
+
+    An operation that refuses its inputs' strides gets contiguous ones.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or is_region_marker(node):
+            continue
+        try:
+            node.meta["val"] = fake_result(node, mode)
+        except RuntimeError:
+            if is_random(node):
+                raise
+            build = Builder(graph_module, node, mode)
+            for source in node.all_input_nodes:
+                if is_tensor(source) and not value(source).is_contiguous():
+                    node.replace_input_with(source, build.call(aten.contiguous.default, source))
+            node.meta["val"] = fake_result(node, mode)

@@ -1,0 +1,88 @@
+"""Capture → passes, in order → one rewritten graph, with what was done and what was not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from .apply import apply, merge_equal, restore, tidy, visible
+from .capture import Capture
+from .facts import Facts, Line, all_graphs
+from .rewrite import Pass, Rewrite, Skip
+
+MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
+
+Group = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One rewrite that was carried out."""
+
+    pass_name: str
+    summary: str
+    line: Line | None
+    group: Group
+    approximate: bool
+
+
+@dataclass
+class Outcome:
+    """A rewritten graph and the account of it."""
+
+    graph_module: GraphModule
+    applied: list[Applied] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(dict.fromkeys(a.group for a in self.applied))
+
+
+def run_passes(
+    captured: Capture, passes: Sequence[Pass], *, excluded: frozenset[Group] = frozenset(),
+    allow_approximate: bool = False,
+) -> Outcome:
+    """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
+    graph_module = GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
+    outcome = Outcome(graph_module)
+    tidy(graph_module, captured.fake_mode)
+    before = visible(graph_module)
+    for one in passes:
+        for graph in list(all_graphs(graph_module)):
+            _run_pass(one, graph, captured, excluded, allow_approximate, outcome)
+    merge_equal(graph_module)
+    restore(graph_module, before, captured.fake_mode)
+    return outcome
+
+
+def _run_pass(
+    one: Pass, graph: GraphModule, captured: Capture, excluded: frozenset[Group],
+    allow_approximate: bool, outcome: Outcome,
+) -> None:
+    for round_number in range(MOST_ROUNDS):
+        proposals = list(one.propose(Facts(graph)))
+        rewrites = []
+        for proposal in proposals:
+            if isinstance(proposal, Skip):
+                if round_number == 0 or proposal not in outcome.skips:
+                    outcome.skips.append(proposal)
+            elif proposal.group in excluded:
+                continue
+            elif proposal.approximate and not allow_approximate:
+                reason = f"{proposal.summary}: approximations are not allowed"
+                outcome.skips.append(Skip(one.name, reason, proposal.line))
+            else:
+                rewrites.append(proposal)
+        if not rewrites:
+            return
+        apply(graph, rewrites, captured.fake_mode)
+        outcome.applied += [_applied(r) for r in rewrites]
+
+
+def _applied(rewrite: Rewrite) -> Applied:
+    return Applied(rewrite.pass_name, rewrite.summary, rewrite.line, rewrite.group,
+                   rewrite.approximate)

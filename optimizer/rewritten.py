@@ -1,0 +1,77 @@
+"""A rewritten graph as an `nn.Module` on the original's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .capture import Capture
+from .emit import compiled
+
+
+class Rewritten(nn.Module):
+    """Runs one rewritten graph; parameters, buffers and submodules are the original's own.
+
+    Takes what the original takes, for inputs of the captured shapes; `code` is the source
+    that runs.
+    """
+
+    original: nn.Module
+    captured: Capture
+    graph_module: GraphModule
+    run: Callable[..., list[Any]]
+    code: str
+
+    def __init__(self, original: nn.Module, captured: Capture, graph_module: GraphModule) -> None:
+        super().__init__()
+        share(self, original)
+        own = vars(self)
+        own["original"], own["captured"], own["graph_module"] = original, captured, graph_module
+        own["run"], own["code"] = compiled(graph_module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        return self.run_flat(leaves)
+
+    def run_flat(self, leaves: list[Any]) -> Any:
+        """The output for the flat inputs `leaves`."""
+        captured = self.captured
+        state = [s.get() for s in captured.state]
+        inputs = [leaves[i] for i in captured.tensor_inputs]
+        tensors = [*state, *inputs]
+        if not captured.written:
+            return pytree.tree_unflatten(self.run(*tensors), captured.output_spec)
+        given = list(tensors)
+        if torch.is_grad_enabled():
+            for place in captured.written:  # autograd may save what is about to be overwritten
+                given[place] = given[place].clone()
+        results = self.run(*given)
+        outputs = results[: captured.outputs]
+        write_back(tensors, captured, results[captured.outputs :])
+        for position, source in captured.same_as.items():
+            outputs[position] = tensors[source]
+        return pytree.tree_unflatten(outputs, captured.output_spec)
+
+
+def write_back(tensors: list[Tensor], captured: Capture, values: list[Tensor]) -> None:
+    """Store the new values of what the model writes to; gradients flow through written inputs."""
+    held = len(captured.state)
+    for place, new in zip(captured.written, values, strict=True):
+        if place < held:
+            with torch.no_grad():
+                tensors[place].copy_(new.detach())
+        else:
+            tensors[place].copy_(new)
+
+
+def share(module: nn.Module, original: nn.Module) -> None:
+    """Make `module` hold the very dictionaries of `original`: the same parameters, for good."""
+    own = vars(module)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        own[name] = vars(original)[name]
+    own["training"] = original.training

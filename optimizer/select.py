@@ -1,0 +1,275 @@
+"""Which rewrites to keep: all that verify, less those that lose inside the whole model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from .capture import Capture
+from .measure import Comparison, Timing, call, device_of, interleaved, peak_memory
+from .pipeline import Applied, Group, Outcome, run_passes
+from .rewrite import Pass, Skip
+from .rewritten import Rewritten
+from .verify import Differs, Equal, NotVerified, Verdict, verify
+
+STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
+MOST_GROUPS = 10  # beyond this many, rewrites are tried pass by pass, not line by line
+MOST_COUNTEREXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask of `apply_passes`; see there."""
+
+    passes: tuple[Pass, ...]
+    mode: str = "both"
+    allow_approximate: bool = False
+    allow_random_reorder: bool = False
+    verify: bool = True
+    measure: bool = True
+    tolerance: float | None = None
+    memory_budget: float = 1.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A rewrite in the result, and how many times slower the model is without its group."""
+
+    applied: Applied
+    verdict: Verdict
+    worth: float | None
+
+
+@dataclass(frozen=True)
+class Declined:
+    """What is not in the result: a near miss, a loser with its number, or a wrong rewrite."""
+
+    pass_name: str
+    where: str
+    reason: str
+
+
+NOTHING = NotVerified("nothing was rewritten")
+
+
+@dataclass
+class Selection:
+    """The outcome of optimizing one model for one signature and mode."""
+
+    mode: str
+    module: nn.Module  # the rewritten module, or the original where nothing paid
+    rewritten: Rewritten | None
+    kept: list[Kept] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+    verdict: Verdict = NOTHING
+    comparison: Comparison | None = None
+    nodes: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+
+
+Progress = Callable[[str], None]
+
+
+def select(
+    model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
+    options: Options, mode: str, progress: Progress,
+) -> Selection:
+    """Rewrite, verify, measure and choose, for `mode` "inference" or "training"."""
+    return _Selecting(model, captured, args, kwargs, options, mode, progress).run()
+
+
+class _Selecting:
+    def __init__(
+        self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
+        options: Options, mode: str, progress: Progress,
+    ) -> None:
+        self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
+        self.options, self.mode, self.progress = options, mode, progress
+        self.excluded: frozenset[Group] = frozenset()
+        self.declined: list[Declined] = []
+        self.worth: dict[Group, float] = {}
+
+    def run(self) -> Selection:
+        start = time.perf_counter()
+        size = len(self.captured.graph_module.graph.nodes)
+        outcome = self._rewrite()
+        near_misses = [self._near_miss(skip) for skip in outcome.skips]
+        if not outcome.applied:
+            return self._nothing(near_misses, size, start)
+        outcome, verdict = self._verified(outcome)
+        comparison = None
+        if outcome.applied and self.options.measure:
+            outcome, verdict, comparison = self._measured(outcome, verdict)
+        self.declined += near_misses
+        if not outcome.applied:
+            return self._nothing([], size, start, comparison)
+        rewritten = self._module(outcome)
+        kept = [Kept(a, verdict, self.worth.get(a.group)) for a in outcome.applied]
+        return Selection(
+            self.mode, rewritten, rewritten, kept, self.declined, verdict, comparison,
+            (size, len(outcome.graph_module.graph.nodes)), time.perf_counter() - start,
+        )
+
+    def _nothing(
+        self, near_misses: list[Declined], size: int, start: float,
+        comparison: Comparison | None = None,
+    ) -> Selection:
+        return Selection(self.mode, self.model, None, [], self.declined + near_misses,
+                         comparison=comparison, nodes=(size, size),
+                         seconds=time.perf_counter() - start)
+
+    def _rewrite(self, also: frozenset[Group] = frozenset()) -> Outcome:
+        return run_passes(
+            self.captured, self.options.passes, excluded=self.excluded | also,
+            allow_approximate=self.options.allow_approximate,
+        )
+
+    def _module(self, outcome: Outcome) -> Rewritten:
+        return Rewritten(self.model, self.captured, outcome.graph_module)
+
+    def _near_miss(self, skip: Skip) -> Declined:
+        return Declined(skip.pass_name, str(skip.line or "?"), skip.reason)
+
+    def _verify(self, outcome: Outcome) -> Verdict:
+        if not self.options.verify:
+            return NotVerified("verification was switched off")
+        approximate = any(a.approximate for a in outcome.applied)
+        tolerance = self.options.tolerance
+        return verify(
+            self.model, self._module(outcome), self.args, self.kwargs, mode=self.mode,
+            seed=self.options.seed, tolerance=tolerance, approximate=approximate,
+        )
+
+    def _verified(self, outcome: Outcome) -> tuple[Outcome, Verdict]:
+        """Drop the rewrites of each pass that a counterexample is traced to, and go on."""
+        for _ in range(MOST_COUNTEREXAMPLES):
+            if not outcome.applied:
+                break
+            self.progress(f"verifying {len(outcome.applied)} rewrites ({self.mode})")
+            verdict = self._verify(outcome)
+            if not isinstance(verdict, Differs):
+                return outcome, verdict
+            culprit = self._culprit(outcome)
+            self.declined += [
+                Declined(name, where, str(verdict))
+                for name, where in outcome.groups if name == culprit
+            ]
+            self.excluded |= {g for g in outcome.groups if g[0] == culprit}
+            outcome = self._rewrite()
+        return Outcome(outcome.graph_module), NotVerified("every rewrite was dropped")
+
+    def _culprit(self, outcome: Outcome) -> str:
+        """The first pass, in order, with which the result differs."""
+        names = list(dict.fromkeys(a.pass_name for a in outcome.applied))
+        for count, name in enumerate(names[:-1], start=1):
+            later = frozenset(g for g in outcome.groups
+                              if g[0] in names[count:] and g[0] != STRUCTURAL)
+            partial = self._rewrite(later)
+            if isinstance(self._verify(partial), Differs):
+                return name
+        return names[-1] if names[-1] != STRUCTURAL or len(names) == 1 else names[-2]
+
+    def _measured(
+        self, outcome: Outcome, verdict: Verdict
+    ) -> tuple[Outcome, Verdict, Comparison | None]:
+        """Time the whole model with and without each group; drop the losers; check the budget."""
+        bundles = self._bundles(outcome)
+        variants = {"looplift": outcome}
+        for name, groups in bundles.items():
+            self.progress(f"measuring without {name} ({self.mode})")
+            variants[name] = self._rewrite(frozenset(groups))
+        timed = self._timed(variants)
+        losers = []
+        for name, groups in bundles.items():
+            worth = timed["looplift"].ratio / timed[name].ratio
+            self.worth |= dict.fromkeys(groups, worth)
+            if worth < 1 - max(timed.noise, 0.02):
+                losers.append(name)
+                self._decline(groups, f"loses: the model is {1 / worth:.2f}x faster without it")
+        if losers:
+            self.excluded |= {g for name in losers for g in bundles[name]}
+            outcome = self._rewrite()
+            verdict = self._verify(outcome) if outcome.applied else verdict
+            if isinstance(verdict, Differs):
+                self._decline(outcome.groups, str(verdict))
+                return Outcome(outcome.graph_module), verdict, None
+        return self._within_budget(outcome, verdict)
+
+    def _within_budget(
+        self, outcome: Outcome, verdict: Verdict
+    ) -> tuple[Outcome, Verdict, Comparison | None]:
+        comparison: Comparison | None = None
+        while outcome.applied:
+            comparison = self._timed({"looplift": outcome}, memory=True)
+            naive, ours = comparison["naive"], comparison["looplift"]
+            assert naive.memory is not None
+            assert ours.memory is not None
+            if ours.memory <= self.options.memory_budget * max(naive.memory, 1 << 20):
+                break
+            heaviest = self._heaviest(outcome)
+            self._decline(
+                heaviest, f"needs {ours.memory / max(naive.memory, 1):.2f}x the naive peak memory "
+                f"(allowed: {self.options.memory_budget:.2f}x)",
+            )
+            self.excluded |= frozenset(heaviest)
+            outcome = self._rewrite()
+            verdict = self._verify(outcome) if outcome.applied else verdict
+            if isinstance(verdict, Differs):
+                outcome = Outcome(outcome.graph_module)
+        if outcome.applied and comparison is not None:
+            ours = comparison["looplift"]
+            if ours.ratio < 1 + max(comparison.noise, 0.01):
+                reason = f"no gain: {ours.ratio:.2f}x naive in the whole model"
+                self._decline(outcome.groups, reason)
+                outcome = Outcome(outcome.graph_module)
+        return outcome, verdict, comparison
+
+    def _heaviest(self, outcome: Outcome) -> list[Group]:
+        """The groups without which the model needs the least memory."""
+        bundles = self._bundles(outcome)
+
+        def without(groups: list[Group]) -> int:
+            variant = self._rewrite(frozenset(groups))
+            return self._weigh(self._module(variant) if variant.applied else self.model)
+
+        return min(bundles.values(), key=without)
+
+    def _weigh(self, module: nn.Module) -> int:
+        run = call(module, self.args, self.kwargs, self.mode == "training")
+        return peak_memory(run, device_of(self.model, self.args))
+
+    def _bundles(self, outcome: Outcome) -> dict[str, list[Group]]:
+        """Groups to try leaving out together, by a name to show."""
+        groups = [g for g in outcome.groups if g[0] != STRUCTURAL]
+        if len(groups) <= MOST_GROUPS:
+            return {f"{name} at {where}": [(name, where)] for name, where in groups}
+        return {name: [g for g in groups if g[0] == name] for name, _ in groups}
+
+    def _timed(self, variants: dict[str, Outcome], memory: bool = False) -> Comparison:
+        modules: dict[str, nn.Module] = {"naive": self.model}
+        modules |= {
+            name: self._module(v) if v.applied else self.model for name, v in variants.items()
+        }
+        training = self.mode == "training"
+        runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
+        self.progress(f"measuring {len(runs)} variants ({self.mode})")
+        timed = interleaved(runs, mode=self.mode, seed=self.options.seed,
+                            seconds=0.5 * (1 + len(runs)))
+        if not memory:
+            return timed
+        weighed: tuple[Timing, ...] = tuple(
+            replace(t, memory=self._weigh(modules[t.name])) for t in timed.timings
+        )
+        return replace(timed, timings=weighed)
+
+    def _decline(self, groups: Sequence[Group], reason: str) -> None:
+        self.declined += [Declined(name, where, reason) for name, where in groups
+                          if name != STRUCTURAL]
+
+
+__all__ = ["Declined", "Equal", "Kept", "Options", "Selection", "select"]

@@ -1,0 +1,356 @@
+"""Do two modules compute the same? Three questions, kept apart.
+
+1. *Same function?* Both in float64, relative difference at most 1e-9, values and gradients.
+2. *Accurate enough?* Each one's error in the caller's dtype against float64.
+3. *Same behaviour?* Everything else that a caller can see; see `behaviour.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .behaviour import Observation, difference, observe
+from .capture import State, model_state, swapped
+from .cases import Case, Leaves, cases, copied, flat, odd_values
+
+SAME_FUNCTION = 1e-9  # largest relative difference in float64
+APPROXIMATE = 1e-2  # the same, where the caller allows approximations
+WORSE = 4.0  # times the naive error in the caller's dtype
+FLOOR = 16  # units in the last place below which errors are not compared
+ENOUGH_SECONDS = 20.0  # no further case is begun after this long
+
+
+@dataclass(frozen=True)
+class Equal:
+    """No difference was found. `grade` says how much that means.
+
+    `exact`: bit for bit, in the caller's dtype. `same function`: within 1e-9 in float64.
+    `tested`: within the dtype's own rounding only, since float64 could not be run.
+    `approximate`: the caller allowed it; `worst` is the error that it makes.
+    `unproven` lists what was not exercised.
+    """
+
+    grade: str
+    cases: int
+    worst: float
+    error: float
+    naive_error: float
+    unproven: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        if self.grade == "exact":
+            return f"exact ({self.cases} cases)"
+        if self.grade in ("tested", "approximate"):
+            return f"{self.grade} ({self.cases} cases), worst error {self.worst:.1e}"
+        return (
+            f"same function (float64 difference {self.worst:.1e}, {self.cases} cases; error "
+            f"{self.error:.1e}, naive {self.naive_error:.1e})"
+        )
+
+
+@dataclass(frozen=True)
+class Differs:
+    """A counterexample: in which case, what differs, and by how much."""
+
+    case: str
+    what: str
+    detail: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"differs in {self.what} ({self.case}): {self.detail}"
+
+
+@dataclass(frozen=True)
+class NotVerified:
+    """No comparison was made, and why."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"not verified: {self.reason}"
+
+
+Verdict = Equal | Differs | NotVerified
+
+
+def verify(
+    a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
+    mode: str = "both", seed: int = 0, tolerance: float | None = None,
+    seconds: float = ENOUGH_SECONDS, approximate: bool = False,
+) -> Equal | Differs:
+    """Compare `b` with `a` on `args` and on random inputs like them.
+
+    `b` is run with `a`'s parameters and buffers wherever names and shapes agree. `mode` is
+    "inference" (under no_grad), "training" (with gradients) or "both". `tolerance` replaces
+    the 1e-9 by which float64 results may differ, relatively. With `approximate` they may
+    differ by 1%, which is measured and reported. Neither module is changed.
+
+    >>> one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> verify(one, two, (torch.randn(4, 3),)).grade
+    'exact'
+    """
+    if mode not in ("inference", "training", "both"):
+        raise ValueError(f"mode must be 'inference', 'training' or 'both', not {mode!r}")
+    allowed = tolerance or (APPROXIMATE if approximate else SAME_FUNCTION)
+    comparison = _Comparison(a, b, *flat(args, kwargs), allowed, seed, approximate)
+    modes = ("inference", "training") if mode == "both" else (mode,)
+    return comparison.run(modes, seconds)
+
+
+@dataclass
+class _Comparison:
+    a: nn.Module
+    b: nn.Module
+    inputs: Leaves
+    spec: pytree.TreeSpec
+    tolerance: float
+    seed: int
+    approximate: bool = False
+    worst: float = 0.0
+    error: float = 0.0
+    naive_error: float = 0.0
+    exact: bool = True
+    doubles: bool = True
+    count: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, modes: Sequence[str], seconds: float) -> Equal | Differs:
+        end = time.monotonic() + seconds
+        todo: list[tuple[Callable[[Case, bool], Differs | None], Case]] = []
+        for case in cases(self.inputs, self.seed):
+            todo += [(self._behaves, case), (self._same_function, case)]
+        todo += [(self._behaves, case) for case in odd_values(self.inputs, self.seed)]
+        for position, (question, case) in enumerate(todo):
+            if position > 1 and time.monotonic() > end:
+                self.notes.append(f"{len(todo) - position} cases left out after {seconds:.0f} s")
+                break
+            for mode in modes:
+                found = question(case, mode == "training")
+                if found is not None:
+                    return found
+            self.count += 1
+        return self._equal(modes)
+
+    def _equal(self, modes: Sequence[str]) -> Equal:
+        grade = "exact" if self.exact else "same function" if self.doubles else "tested"
+        if self.approximate and not self.exact:
+            grade = "approximate"
+        shapes = ", ".join(str(tuple(i.shape)) for i in self.inputs if isinstance(i, Tensor))
+        dtypes = sorted({str(i.dtype).removeprefix("torch.") for i in self.inputs
+                         if isinstance(i, Tensor)})
+        state = "train" if self.a.training else "eval"
+        unproven = [
+            f"shapes other than {shapes or 'none'}", f"dtypes other than {', '.join(dtypes)}",
+            f"the model in {'eval' if self.a.training else 'train'}() (it was in {state}())",
+            *(f"{m} mode" for m in ("inference", "training") if m not in modes), *self.notes,
+        ]
+        if not self.doubles:
+            unproven.append("equality in float64, which the model could not be run in")
+        worst = self.worst if self.doubles else self.error
+        return Equal(grade, self.count, worst, self.error, self.naive_error, tuple(unproven))
+
+    def _observe(self, model: nn.Module, case: Case, training: bool, double: bool) -> Observation:
+        convert = _doubled if double else _unchanged
+        leaves = copied(case.inputs, convert)
+        tensors = _state(self.a, model, lambda t: convert(case.parameters(t)), convert)
+        with swapped(model, tensors), _in_double(double):
+            return observe(model, leaves, self.spec, list(_named(model)), training, case.seed)
+
+    def _behaves(self, case: Case, training: bool) -> Differs | None:
+        """The caller's dtype: everything visible the same, values close, NaN and Inf in place."""
+        ours, theirs = (self._observe(m, case, training, False) for m in (self.b, self.a))
+        found = difference(theirs, ours)
+        if found is not None:
+            return Differs(f"{case.name}, {_mode(training)}", *found)
+        counts = scales(theirs)
+        for name, want, got in _pairs(theirs, ours):
+            if not torch.equal(want.nan_to_num(), got.nan_to_num()):
+                self.exact = False
+            gap = relative(want, got, counts[name])
+            epsilon = _epsilon(want)
+            if not self.doubles and gap > max(4096 * epsilon, APPROXIMATE * self.approximate):
+                return Differs(f"{case.name}, {_mode(training)}", name, f"by {gap:.1e}, relatively")
+            self.error = max(self.error, gap) if not self.doubles else self.error
+        return None
+
+    def _same_function(self, case: Case, training: bool) -> Differs | None:
+        """float64: values and gradients within the tolerance; then each one's own error."""
+        if not self.doubles:
+            return None
+        theirs = self._observe(self.a, case, training, True)
+        ours = self._observe(self.b, case, training, True)
+        if theirs.exception is not None:
+            self.doubles = False
+            return self._behaves(case, training)
+        if ours.exception is not None:
+            return Differs(f"{case.name}, float64", "an exception", ours.exception)
+        counts = scales(theirs)
+        for name, want, got in _pairs(theirs, ours):
+            gap = relative(want, got, counts[name])
+            self.worst = max(self.worst, gap)
+            if not gap <= self.tolerance:
+                return Differs(
+                    f"{case.name}, {_mode(training)}, float64", name,
+                    f"by {gap:.1e}, relatively (allowed: {self.tolerance:.0e})",
+                )
+        return None if self.approximate else self._accurate(case, training, theirs)
+
+    def _accurate(self, case: Case, training: bool, truth: Observation) -> Differs | None:
+        """The error of the rewritten program in the caller's dtype, beside the naive one's own."""
+        naive = self._observe(self.a, case, training, False)
+        ours = self._observe(self.b, case, training, False)
+        truths, counts = truth.values, scales(truth)
+        for name, theirs, own in _pairs(naive, ours):
+            if name not in truths or not theirs.is_floating_point():
+                continue
+            before = relative(truths[name], theirs, counts[name])
+            after = relative(truths[name], own, counts[name])
+            self.naive_error = max(self.naive_error, before)
+            self.error = max(self.error, after)
+            if after > WORSE * max(before, FLOOR * _epsilon(theirs)):
+                return Differs(
+                    f"{case.name}, {_mode(training)}", f"the accuracy of {name}",
+                    f"error {after:.1e} against float64, naive {before:.1e}",
+                )
+        return None
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "inference"
+
+
+def _pairs(a: Observation, b: Observation) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, want in a.values.items():
+        got = b.values.get(name)
+        if isinstance(want, Tensor) and isinstance(got, Tensor):
+            yield name, want, got
+
+
+def relative(want: Tensor, got: Tensor, scale: float = 0.0) -> float:
+    """The largest difference of two tensors, relative to their largest value, or to `scale`.
+
+    Where non-finite values are not in the same places the difference is infinite; else they
+    are left out. `scale` is given for a tensor of rounding noise alone, such as the gradient
+    of a key's bias under a softmax, whose own size means nothing.
+    """
+    if want.numel() == 0:
+        return 0.0
+    wide = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
+    one, other = want.to(wide), got.to(wide)
+    finite = torch.isfinite(one) & torch.isfinite(other)
+    if not bool((torch.isfinite(one) == torch.isfinite(other)).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    gap = float((one[finite] - other[finite]).abs().max())
+    own = float(torch.maximum(one[finite].abs().max(), other[finite].abs().max()))
+    return 0.0 if gap == 0.0 else gap / max(own, scale, torch.finfo(torch.float64).tiny)
+
+
+def scales(observation: Observation) -> dict[str, float]:
+    """For each value, the smallest size that counts: a thousandth of its kind's largest.
+
+    The kinds are outputs, gradients, and state after the call.
+    """
+    largest: dict[str, float] = {}
+    for name, tensor in observation.values.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            finite = tensor[torch.isfinite(tensor)]
+            size = float(finite.abs().max()) if finite.numel() else 0.0
+            largest[_kind(name)] = max(largest.get(_kind(name), 0.0), size)
+    return {name: 1e-3 * largest.get(_kind(name), 0.0) for name in observation.values}
+
+
+def _kind(name: str) -> str:
+    return "gradient" if name.startswith("the gradient") else name.split(" ")[0]
+
+
+def _epsilon(tensor: Tensor) -> float:
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return torch.finfo(tensor.dtype).eps if inexact else 0.0
+
+
+def _state(
+    a: nn.Module, model: nn.Module, parameter: Callable[[Tensor], Tensor],
+    buffer: Callable[[Tensor], Tensor],
+) -> dict[int, Tensor]:
+    """Fresh copies of `model`'s tensors, with `a`'s contents where name and shape agree."""
+    source = {s.name: s.get() for s in model_state(a)}
+    replaced: dict[int, Tensor] = {}
+    for state in model_state(model):
+        own = state.get()
+        given = source.get(state.name, own)
+        given = given if given.shape == own.shape else own
+        made = (parameter if isinstance(own, nn.Parameter) else buffer)(given.detach())
+        made = made.detach().clone(memory_format=torch.preserve_format)
+        replaced[id(own)] = made.requires_grad_(own.requires_grad)
+    return replaced
+
+
+def _named(model: nn.Module) -> Iterator[State]:
+    yield from model_state(model)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+         torch.complex64: torch.complex128}
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
+
+
+class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes in float64 also where a program names a narrower dtype."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in WIDER:
+            kwargs["dtype"] = WIDER[kwargs["dtype"]]
+        wide = pytree.tree_map_only(torch.dtype, lambda d: WIDER.get(d, d), args)
+        result = func(*wide, **kwargs)
+        narrow = isinstance(result, Tensor) and result.dtype in WIDER
+        if narrow and not func._schema.is_mutable and not any(map(_is_narrow, args)):
+            return _doubled(result)
+        return result
+
+
+def _is_narrow(leaf: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.dtype in WIDER for t in pytree.tree_leaves(leaf))
+
+
+@contextlib.contextmanager
+def _in_double(double: bool) -> Iterator[None]:
+    if not double:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling(), torch.autocast("cpu", enabled=False):  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)

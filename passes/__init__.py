@@ -1,0 +1,22 @@
+"""The rewrites, one file each, in the order in which they run."""
+
+from __future__ import annotations
+
+from ..optimizer.rewrite import Pass
+from .approximate_gelu import ApproximateGelu
+from .batch_timesteps import BatchTimesteps
+from .lower_einops import LowerEinops
+from .lower_scans import LowerScans
+from .reroll_loops import RerollLoops
+from .slice_indices import SliceIndices
+from .vectorize_patches import VectorizePatches
+
+ORDER: tuple[Pass, ...] = (
+    RerollLoops(),  # first: it makes the loops visible to all others
+    BatchTimesteps(),  # empties the scans that carry something, as far as that goes
+    VectorizePatches(),  # then those that carry nothing: all of them
+    SliceIndices(),  # tables that stood in loops are in the open now
+    LowerEinops(),  # after batching, which keeps an einsum one einsum
+    ApproximateGelu(),  # one gelu over all steps, not one for each
+    LowerScans(),  # last: what is still a scan runs as a loop
+)

@@ -1,0 +1,49 @@
+"""The part of a loop's body that does not depend on earlier steps, once for all steps.
+
+Before:
+    h, ys = scan(lambda h, x: (h := a·h + W x, V h), h0, xs)
+After:
+    us = linear(xs, W); hs = scan(lambda h, u: a·h + u, h0, us); ys = linear(hs, V)
+Wins:
+    One matrix product of T·B rows instead of T products of B rows; no per-step overhead for
+    what is batched. Shared weights are batched by identity: more rows, never copies.
+Sound if:
+    1. an operation is on no carry's cycle: no later step's carry that it depends on depends
+       on it;
+    2. it is not random;
+    3. a batching rule, or torch.vmap, covers it; otherwise it stays in a loop of its own.
+Skips:
+    scans whose body is all cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..optimizer.distribute import Split, batchable, distribution, splits
+from ..optimizer.facts import Facts, source_line
+from ..optimizer.rewrite import Rewrite, Skip
+
+
+@dataclass(frozen=True)
+class BatchTimesteps:
+    """Distribute scans with carries; see the module's docstring."""
+
+    name: ClassVar[str] = "batch-timesteps"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        for parts in splits(facts):
+            if not parts.carries:
+                continue
+            if not batchable(parts) and is_one_cycle(parts):
+                reason = "every operation of the loop depends on the step before"
+                yield Skip(self.name, reason, source_line(parts.scan))
+                continue
+            yield distribution(self.name, parts)
+
+
+def is_one_cycle(parts: Split) -> bool:
+    """Whether all carries depend on one another, so that there is nothing to take apart."""
+    return len(parts.cycles) == 1 and len(parts.cycles[0]) == len(parts.carries)

@@ -1,0 +1,142 @@
+"""An unrolled loop → `scan`.
+
+Before:
+    h1 = f(h0, x[:, 0]); h2 = f(h1, x[:, 1]); …; y = stack([h1, h2, …], 1)
+After:
+    h, hs = scan(f, h0, x.movedim(1, 0)); y = hs.movedim(0, 1)
+Wins:
+    Nothing by itself: it makes the loop visible to the passes that batch, solve and fuse it.
+Sound if:
+    1. the operations are the same in every trip, and every argument has the same class in
+       every trip: constant, invariant, of this trip, of a fixed number of trips back, or read
+       from an outer value at a known place;
+    2. what is carried keeps its shape, dtype and device;
+    3. no operation is random and no autocast region begins or ends inside.
+Skips:
+    each argument that breaks one of these, at the user's line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from ..optimizer.builder import Builder
+from ..optimizer.collect import Collection, collection
+from ..optimizer.facts import Facts, Line, aten, is_op, is_tensor, is_view, source_line
+from ..optimizer.fold import Loop, Misfit, Stretch, build_scan, fold
+from ..optimizer.repeats import Repeat, repeats
+from ..optimizer.rewrite import Rewrite, Skip
+
+PLACED = (
+    aten.select.int, aten.slice.Tensor, aten.select_scatter.default, aten.slice_scatter.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
+)  # operations whose numbers may differ from trip to trip
+
+
+@dataclass(frozen=True)
+class RerollLoops:
+    """Fold tandem repeats of operations into `scan`; see the module's docstring."""
+
+    least_trips: int = 3
+    name: ClassVar[str] = "reroll-loops"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        operations = facts.operations
+        taken: list[range] = []
+        for repeat in repeats(tokens(operations), self.least_trips):
+            span = range(repeat.start, repeat.stop)
+            if any(span.start < t.stop and t.start < span.stop for t in taken):
+                continue
+            run = best_cut(operations, repeat)
+            if all(is_view(n) for n in run[: repeat.period]):
+                continue
+            line = first_line(run)
+            try:
+                loop = fold(run, repeat.period)
+            except Misfit as misfit:
+                if worth_telling(run, repeat.period):
+                    reason = f"a loop of {repeat.trips} trips: {misfit.reason}"
+                    yield Skip(self.name, reason, source_line(misfit.node) or line)
+                continue
+            taken.append(span)
+            yield self._rewrite(loop, line)
+        yield from self._collections(facts)
+
+    def _rewrite(self, loop: Loop, line: Line | None) -> Rewrite:
+        operations = loop.stretch.operations
+        replaces = tuple(
+            loop.stretch.column(place)[trip]
+            for place, used in loop.outside.items()
+            for trip in (used[-1:] if place in loop.writes else used)
+        )
+
+        def build(builder: Builder) -> Sequence[Node]:
+            replaced = build_scan(loop, builder)
+            return [replaced[node] for node in replaces]
+
+        per_trip = len([n for n in operations[: loop.stretch.period] if not is_view(n)])
+        summary = f"{loop.trips} × {per_trip} operations → one scan"
+        return Rewrite(self.name, summary, line, operations[-1].next, replaces, build)
+
+    def _collections(self, facts: Facts) -> Iterator[Rewrite]:
+        """The results of a scan, stacked or concatenated one by one → the scan's own stack."""
+        for node in facts.operations:
+            found = collection(node) if is_op(node, aten.stack.default, aten.cat.default) else None
+            if found is not None:
+                yield self._collected(node, found)
+
+    def _collected(self, node: Node, found: Collection) -> Rewrite:
+        summary = f"{found.entries} results → one {'reshape' if found.joins else 'permute'}"
+        return Rewrite(
+            self.name, summary, source_line(node), node, (node,), lambda b: [found.build(b)]
+        )
+
+
+def tokens(operations: Sequence[Node]) -> list[int]:
+    """One integer for each operation; equal where two could be the same step of a loop."""
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(token(node), len(numbers)) for node in operations]
+
+
+def token(node: Node) -> Any:
+    """The operation, the structure and constants of its arguments, its results' shapes."""
+    placed = node.target in PLACED
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    abstract = tuple(_leaf(leaf, placed) for leaf in leaves)
+    results, _ = pytree.tree_flatten(node.meta.get("val"))
+    shapes = tuple((tuple(r.shape), r.dtype) if isinstance(r, Tensor) else None for r in results)
+    return (node.target, repr(spec) if len(leaves) > 8 else spec, abstract, shapes)
+
+
+def _leaf(leaf: Any, placed: bool) -> Any:
+    if isinstance(leaf, Node):
+        return Node
+    if placed and isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+        return int
+    return (type(leaf).__name__, str(leaf))
+
+
+def best_cut(operations: Sequence[Node], repeat: Repeat) -> Sequence[Node]:
+    """The repeat's whole trips, cut where the fewest values cross from trip to trip."""
+    spare = repeat.length - repeat.trips * repeat.period
+    whole = repeat.trips * repeat.period
+    stretch = Stretch(operations[repeat.start : repeat.start + whole], repeat.period)
+    crossings = stretch.crossings()
+    cut = min(range(min(spare, repeat.period - 1) + 1), key=lambda place: (crossings[place], place))
+    return operations[repeat.start + cut : repeat.start + cut + whole]
+
+
+def first_line(run: Sequence[Node]) -> Line | None:
+    """The first line of the user's file in a loop's body."""
+    return min((ln for n in run if (ln := source_line(n)) is not None), default=None)
+
+
+def worth_telling(run: Sequence[Node], period: int) -> bool:
+    """Whether a repeat that is no loop looks like one to its author: some work in each trip."""
+    return sum(is_tensor(n) and not is_view(n) for n in run[:period]) >= 2

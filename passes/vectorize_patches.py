@@ -1,0 +1,37 @@
+"""A loop over patches that carries nothing → one batched operation over windows.
+
+Before:
+    [embed(image[:, :, p·i : p·i+p, p·j : p·j+p].flatten(1)) for i … for j …]
+After:
+    embed(image.unfold(2, p, p).unfold(3, p, p) … .reshape(batch, rows·columns, -1))
+Wins:
+    One operation over all windows instead of one for each; windows are strided views.
+Sound if:
+    1. the scan carries nothing, so that no step can see another;
+    2. the body's operations are not random;
+    3. a batching rule, or torch.vmap, covers each; one that none covers stays in a loop.
+Skips:
+    scans none of whose operations can be batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..optimizer.distribute import distribution, splits
+from ..optimizer.facts import Facts
+from ..optimizer.rewrite import Rewrite, Skip
+
+
+@dataclass(frozen=True)
+class VectorizePatches:
+    """Batch scans that carry nothing; see the module's docstring."""
+
+    name: ClassVar[str] = "vectorize-patches"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        for parts in splits(facts):
+            if not parts.carries:
+                yield distribution(self.name, parts)
