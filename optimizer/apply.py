@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +17,42 @@ from .facts import aten, is_pure, is_tensor, source_line, value
 from .normal_form import propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
 
+log = logging.getLogger(__name__)
+
 
 class ContractError(Exception):
     """A pass built something of another shape, dtype or device than what it replaces."""
 
 
-def apply(graph_module: GraphModule, rewrites: Sequence[Rewrite], mode: FakeTensorMode) -> None:
-    """Carry out `rewrites` on `graph_module`, then tidy it; raises `ContractError`."""
+def apply(
+    graph_module: GraphModule, rewrites: Sequence[Rewrite], mode: FakeTensorMode
+) -> dict[Rewrite, Exception]:
+    """Carry out `rewrites` on `graph_module`, then tidy it; returns those that failed.
+
+    A rewrite that raises while it is built, or builds something of another shape, dtype or
+    device, leaves the graph as it was: nothing is replaced before all of it is there.
+    """
+    failed: dict[Rewrite, Exception] = {}
     for rewrite in rewrites:
-        stamp: dict[str, Any] = {"rewritten_by": rewrite.pass_name}
-        if (line := rewrite.line) is not None:
-            stamp["stack_trace"] = line.as_frame()
-        build = Builder(graph_module, rewrite.at, mode, stamp)
-        made = rewrite.build(build)
-        for old, new in zip(rewrite.replaces, made, strict=True):
-            _check(rewrite, old, new)
-            old.replace_all_uses_with(new)
+        try:
+            _carry_out(graph_module, rewrite, mode)
+        except Exception as error:
+            log.debug("%s failed at %s", rewrite.pass_name, rewrite.line, exc_info=True)
+            failed[rewrite] = error
     tidy(graph_module, mode)
+    return failed
+
+
+def _carry_out(graph_module: GraphModule, rewrite: Rewrite, mode: FakeTensorMode) -> None:
+    stamp: dict[str, Any] = {"rewritten_by": rewrite.pass_name}
+    if (line := rewrite.line) is not None:
+        stamp["stack_trace"] = line.as_frame()
+    build = Builder(graph_module, rewrite.at, mode, stamp)
+    made = list(zip(rewrite.replaces, rewrite.build(build), strict=True))
+    for old, new in made:
+        _check(rewrite, old, new)
+    for old, new in made:
+        old.replace_all_uses_with(new)
 
 
 def _check(rewrite: Rewrite, old: Node, new: Node) -> None:

@@ -88,6 +88,14 @@ class Batcher:
         """The lane's node with its lane axis at `axis`."""
         return self.build.move(lane.node, lane.axis, axis)
 
+    def repeated(self, operand: Operand, axis: int) -> Node:
+        """`operand` with a lane axis at `axis`, also if it is the same in all steps."""
+        if isinstance(operand, Lane):
+            return self.at(operand, axis)
+        sizes = shape(operand)
+        wide = self.call(aten.unsqueeze.default, operand, axis)
+        return self.call(aten.expand.default, wide, [*sizes[:axis], self.size, *sizes[axis:]])
+
     def aligned(self, operand: Operand, rank: int) -> Any:
         """`operand` so that it broadcasts as it would in one step of an operation of `rank`.
 
@@ -296,6 +304,25 @@ def _reshape(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, A
     return Lane(b.build.reshape(node_at, [*sizes[:axis], b.size, *sizes[axis:]]), axis)
 
 
+def _scatter(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+    """`select_scatter` and `slice_scatter` with the same place in every step."""
+    base, source, axis, *where = args
+    rank, inner = len(shape(node)), len(_step_shape(source))
+    place = b.place(min(rank, inner))
+    spread = [b.repeated(base, place), b.repeated(source, place)]
+    axis %= rank
+    if place > axis:  # the axis that is written would be cut off before the lanes
+        place = 0
+        spread = [b.repeated(base, 0), b.repeated(source, 0)]
+    return Lane(b.call(node.target, *spread, axis + 1, *where), place)
+
+
+def _step_shape(operand: Operand) -> tuple[int, ...]:
+    if isinstance(operand, Lane):
+        return _without(shape(operand.node), operand.axis)
+    return shape(cast(Node, operand))
+
+
 def _expand(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     sizes = shape(node)
     axis = b.place(len(sizes))
@@ -311,15 +338,7 @@ def _joined(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, An
     axis %= rank
     inner = rank - (node.target is aten.stack.default)
     place = b.place(inner)
-    laid = []
-    for operand in operands:
-        one = b.aligned(operand, inner)
-        if not isinstance(operand, Lane):
-            if inner == 0 or place == 0:
-                one = b.call(aten.unsqueeze.default, operand, 0)
-            sizes = shape(operand)
-            one = b.call(aten.expand.default, one, [*sizes[:place], b.size, *sizes[place:]])
-        laid.append(one)
+    laid = [b.repeated(operand, place) for operand in operands]
     if node.target is aten.stack.default:
         at = axis if axis <= place else axis + 1
         return Lane(b.call(node.target, laid, at), place + (axis <= place))
@@ -363,7 +382,7 @@ def _vmapped(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         with b.build.mode, torch.no_grad():
             batched = torch.vmap(one_step, in_dims=in_dims, out_dims=0)
-            traced = make_fx(batched)(*[value(n) for n in nodes])
+            traced = make_fx(torch.func.functionalize(batched))(*[value(n) for n in nodes])
     except (RuntimeError, ValueError, NotImplementedError):
         return None
     finally:
@@ -418,6 +437,8 @@ RULES: dict[Any, Rule] = {
     aten.stack.default: _joined,
     aten.embedding.default: _embedding,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.select_scatter.default: _scatter,
+    aten.slice_scatter.default: _scatter,
     **dict.fromkeys((aten.slice.Tensor, aten.flip.default, aten.index_select.default), _one_axis),
     **dict.fromkeys(
         (

@@ -8,6 +8,7 @@ the loop distribution of Allen and Kennedy, "Optimizing Compilers for Modern Arc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -78,6 +79,9 @@ def split(scan: Node) -> Split:
         for number, cycle in enumerate(cycles)
         if cycle & reached[node] and cycle & needed[node]
     }
+    for node in body.graph.nodes:  # an item stays with the operation whose result it is part of
+        if is_op(node, operator.getitem) and node.args[0] in on_cycle:
+            on_cycle[node] = on_cycle[node.args[0]]
     return Split(
         scan, body, tuple(carries), tuple(nexts), tuple(slices), tuple(heads[held + sliced :]),
         tuple(results[held:]), tuple(cycles), on_cycle,
@@ -123,8 +127,6 @@ class Distribution:
         self.batcher = Batcher(build, self.size, preferred_axis(self.scan))
         self.known: dict[Node, Any] = {}  # body node → Lane, node around the scan, or tuple
         self.finals: dict[int, Node] = {}
-        self.looped: list[Node] = []  # operations that no rule could batch
-        self.batched: list[Node] = []
 
     def run(self) -> list[Node]:
         """The scan's results: final carries, then per-step outputs stacked on axis 0."""
@@ -183,13 +185,12 @@ class Distribution:
             self._shifted(unit)
         elif not any(self._varies(n) for n in unit.all_input_nodes) and not is_random(unit):
             self._invariant(unit)
-        else:
+        elif unit not in self.known:
             outcome = self.batcher.operation(unit, self.known)
             if outcome is None:
-                self.looped.append(unit)
-                self._small_scan([unit], [])
+                items = [u for u in unit.users if is_op(u, operator.getitem)]
+                self._small_scan([unit, *items], [])
             else:
-                self.batched.append(unit)
                 self.known[unit] = outcome
 
     def _varies(self, node: Node) -> bool:

@@ -114,8 +114,9 @@ class _Source:
         last = _last_uses(graph_module)
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
-                if not has_body_user(node):
-                    self.globals[self._name(node)] = _attribute(graph_module, str(node.target))
+                held = _attribute(graph_module, str(node.target))
+                if isinstance(held, torch.Tensor):
+                    self.globals[self._name(node)] = held
             elif node.op == "call_function" and not _folded(node):
                 self._where(node, indent)
                 if has_body(node):
@@ -226,7 +227,8 @@ class _Source:
         if isinstance(target, torch._ops.OpOverload):
             space, _, name = target._schema.name.partition("::")
             return f"torch.ops.{space}.{name}.{target._overloadname}"
-        name = str(getattr(target, "__name__", "call"))
+        name = f"call{getattr(target, '__name__', '')}"  # such as call_enter_autocast
+        self.taken.add(name)
         self.globals[name] = target
         return name
 
@@ -253,11 +255,6 @@ def _wrapped(opening: str, items: Sequence[str], closing: str) -> str:
     indent = " " * (len(opening) - len(opening.lstrip()) + 8)
     body = "".join(f"\n{indent}{item}," for item in items)
     return f"{opening}{body}\n{indent[8:]}{closing}"
-
-
-def has_body_user(node: Node) -> bool:
-    """Whether a `get_attr` node only names the body of scans."""
-    return bool(node.users) and all(has_body(u) for u in node.users)
 
 
 def _attribute(graph_module: GraphModule, path: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,16 @@ def is_region_marker(node: Node) -> bool:
     )
 
 
+def outside_regions(nodes: Iterable[Node]) -> Iterator[Node]:
+    """The nodes that are in no autocast region, without the region's markers."""
+    depth = 0
+    for node in nodes:
+        if is_region_marker(node):
+            depth += 1 if "enter" in str(node.target.__name__) else -1  # type: ignore[union-attr]
+        elif depth == 0:
+            yield node
+
+
 def is_pure(node: Node) -> bool:
     """Whether `node` may be removed when unused: no mutation, no random state, no region."""
     if node.op in ("placeholder", "output"):
@@ -172,8 +182,8 @@ class Facts:
 
     @cached_property
     def operations(self) -> list[Node]:
-        """The nodes that compute something, in program order."""
-        return [n for n in self.nodes if n.op == "call_function"]
+        """The nodes that compute something, in program order, outside autocast regions."""
+        return [n for n in outside_regions(self.nodes) if n.op == "call_function"]
 
     def constant(self, node: object) -> Tensor | None:
         """The integer or boolean tensor that `node` always is, or None when it depends on data.

@@ -241,6 +241,10 @@ def _find_write(loop: Loop, place: int) -> None:
     assert isinstance(base, Carried)
     if len(base.start) != 1 or not isinstance(axis, Constant):
         return
+    if not isinstance(source, (Local, Carried, Invariant)):
+        return
+    if isinstance(source, Carried):
+        _check_start(loop.stretch.operations[source.place], source, node)
     column = loop.stretch.column(place)
     follows = itertools.pairwise(column)
     if any(set(n.users) != {after} for n, after in follows):
@@ -338,7 +342,7 @@ class _Assembly:
             )
             self._head("slice", index, torch.empty((), dtype=torch.int64), index)
         ordered = [n for kind in self.heads.values() for _, n in kind]
-        body = self._finish(ordered, outputs + [self.made[p] for p in steps])
+        body = self._finish(ordered, outputs + [self._step_value(s) for s in steps])
         results = self.build.scan(body, *[[a for a, _ in kind] for kind in self.heads.values()])
         lanes_at = dict(zip(steps, results[len(self.carries):], strict=True))
         return self._replacements(finals, lanes_at, results)
@@ -358,7 +362,8 @@ class _Assembly:
     def _needed(self) -> list[int]:
         """The places whose results the body must compute, in order."""
         loop = self.loop
-        wanted = [w.source.place for w in loop.writes.values() if isinstance(w.source, Local)]
+        wanted = [w.source.place for w in loop.writes.values()
+                  if isinstance(w.source, (Local, Carried))]
         wanted += [p for p in loop.outside if p not in loop.writes]
         wanted += [s.place for p in range(loop.stretch.period) if p not in loop.writes
                    for s in loop.sources[p] if isinstance(s, Carried)]
@@ -441,9 +446,15 @@ class _Assembly:
         held = self.build.table(items, like.device, dtype)
         return self._head("slice", held, value(held)[0], key)
 
-    def _results(self) -> tuple[dict[int, Node], list[int]]:
-        """Which results leave the loop as final carries, and which one for every step."""
-        finals, steps = {}, []
+    def _step_value(self, source: Local | Carried) -> Node:
+        if isinstance(source, Local):
+            return self.made[source.place]
+        return self._carry(source.place, source.start)
+
+    def _results(self) -> tuple[dict[int, Node], list[Local | Carried]]:
+        """Which results leave the loop as final carries, and what leaves it for every step."""
+        finals: dict[int, Node] = {}
+        steps: list[Local | Carried] = []
         for place, used in self.loop.outside.items():
             if place in self.loop.writes:
                 continue
@@ -451,10 +462,10 @@ class _Assembly:
             if used == [self.loop.trips - 1] and nearest:
                 finals[place] = self.carries[nearest[0]]
             else:
-                steps.append(place)
+                steps.append(Local(place))
         for write in self.loop.writes.values():
-            if isinstance(write.source, Local) and write.source.place not in steps:
-                steps.append(write.source.place)
+            if isinstance(write.source, (Local, Carried)) and write.source not in steps:
+                steps.append(write.source)
         return finals, steps
 
     def _finish(self, heads: list[Node], outputs: list[Node]) -> GraphModule:
@@ -467,7 +478,7 @@ class _Assembly:
         return GraphModule(torch.nn.Module(), ordered)
 
     def _replacements(
-        self, finals: dict[int, Node], lanes_at: dict[int, Node], results: list[Node]
+        self, finals: dict[int, Node], lanes_at: dict[Local | Carried, Node], results: list[Node]
     ) -> dict[Node, Node]:
         loop, build = self.loop, self.build
         replaced: dict[Node, Node] = {}
@@ -481,11 +492,11 @@ class _Assembly:
             else:
                 for trip in used:
                     replaced[column[trip]] = build.call(
-                        aten.select.int, lanes_at[place], 0, trip
+                        aten.select.int, lanes_at[Local(place)], 0, trip
                     )
         return replaced
 
-    def _written(self, write: Write, lanes_at: dict[int, Node]) -> Node:
+    def _written(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
         """The buffer after all steps, from the per-step values stacked on axis 0."""
         build, axis = self.build, write.axis
         stacked = self._all_steps(write, lanes_at)
@@ -526,12 +537,12 @@ class _Assembly:
         ]
         return build.call(aten.cat.default, [p for p in parts if shape(p)[axis] > 0], axis)
 
-    def _all_steps(self, write: Write, lanes_at: dict[int, Node]) -> Node:
+    def _all_steps(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
         match write.source:
-            case Local(place):
-                return lanes_at[place]
+            case Local() | Carried():
+                return lanes_at[write.source]
             case Invariant(outer):
                 sizes = [self.loop.trips, *shape(outer)]
                 return self.build.call(aten.expand.default, outer, sizes)
             case _:
-                raise Misfit("a write stores a value of an earlier step", write.start)
+                raise AssertionError("`_find_write` takes no other source")

@@ -17,7 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, fake_result, output_node, placeholders
-from .facts import aten, is_op, is_pure, is_random, is_region_marker, is_tensor, shape, value
+from .facts import (
+    aten,
+    is_op,
+    is_pure,
+    is_random,
+    is_region_marker,
+    is_tensor,
+    outside_regions,
+    shape,
+    value,
+)
 
 READS = (aten.select.int, aten.slice.Tensor)
 LONGEST_WALK = 64  # writes looked back through for the one that a read sees
@@ -78,7 +88,7 @@ def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:
 
 def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     """Apply the one-node rules of `RULES`, in program order."""
-    for node in list(graph_module.graph.nodes):
+    for node in list(outside_regions(graph_module.graph.nodes)):
         rule = RULES.get(node.target) if node.op == "call_function" else None
         if rule is None:
             continue
@@ -126,8 +136,8 @@ def _select(node: Node, build: Builder) -> Node | None:
 
 
 def _slice_range(args: Sequence[Any], axis_size: int) -> tuple[int, int, int]:
-    start, stop, step = [*args, *[None, None, 1][len(args) :]]
-    begin, end, stride = slice(start, stop, step).indices(axis_size)
+    given = [*args, *[None, None, 1][len(args) :]]
+    begin, end, stride = slice(*given).indices(axis_size)
     return begin, max(begin, end), stride
 
 
@@ -298,8 +308,8 @@ def propagate(graph_module: GraphModule, mode: FakeTensorMode) -> None:
 
     An operation that refuses its inputs' strides gets contiguous ones.
     """
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or is_region_marker(node):
+    for node in list(outside_regions(graph_module.graph.nodes)):
+        if node.op != "call_function":
             continue
         try:
             node.meta["val"] = fake_result(node, mode)

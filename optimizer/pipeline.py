@@ -52,7 +52,10 @@ def run_passes(
     tidy(graph_module, captured.fake_mode)
     before = visible(graph_module)
     for one in passes:
-        for graph in list(all_graphs(graph_module)):
+        done: set[GraphModule] = set()
+        while todo := [g for g in all_graphs(graph_module) if g not in done]:
+            graph = todo[-1]  # bodies before the loops around them
+            done.add(graph)
             _run_pass(one, graph, captured, excluded, allow_approximate, outcome)
     merge_equal(graph_module)
     restore(graph_module, before, captured.fake_mode)
@@ -63,14 +66,14 @@ def _run_pass(
     one: Pass, graph: GraphModule, captured: Capture, excluded: frozenset[Group],
     allow_approximate: bool, outcome: Outcome,
 ) -> None:
-    for round_number in range(MOST_ROUNDS):
-        proposals = list(one.propose(Facts(graph)))
+    failed: set[tuple[str, str]] = set()
+    for _ in range(MOST_ROUNDS):
         rewrites = []
-        for proposal in proposals:
+        for proposal in list(one.propose(Facts(graph))):
             if isinstance(proposal, Skip):
-                if round_number == 0 or proposal not in outcome.skips:
+                if proposal not in outcome.skips:
                     outcome.skips.append(proposal)
-            elif proposal.group in excluded:
+            elif (proposal.at.name, proposal.summary) in failed or proposal.group in excluded:
                 continue
             elif proposal.approximate and not allow_approximate:
                 reason = f"{proposal.summary}: approximations are not allowed"
@@ -79,8 +82,12 @@ def _run_pass(
                 rewrites.append(proposal)
         if not rewrites:
             return
-        apply(graph, rewrites, captured.fake_mode)
-        outcome.applied += [_applied(r) for r in rewrites]
+        errors = apply(graph, rewrites, captured.fake_mode)
+        for rewrite, error in errors.items():
+            failed.add((rewrite.at.name, rewrite.summary))
+            reason = f"{rewrite.summary}: could not be built ({type(error).__name__}: {error})"
+            outcome.skips.append(Skip(one.name, reason, rewrite.line))
+        outcome.applied += [_applied(r) for r in rewrites if r not in errors]
 
 
 def _applied(rewrite: Rewrite) -> Applied:

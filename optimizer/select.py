@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from .capture import Capture
+from .behaviour import observe
+from .capture import Capture, model_state, swapped
+from .cases import copied, flat
 from .measure import Comparison, Timing, call, device_of, interleaved, peak_memory
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
-from .verify import Differs, Equal, NotVerified, Verdict, verify
+from .verify import Differs, Equal, NotVerified, Verdict, fresh_state, verify
 
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 MOST_GROUPS = 10  # beyond this many, rewrites are tried pass by pass, not line by line
@@ -97,6 +99,9 @@ class _Selecting:
     def run(self) -> Selection:
         start = time.perf_counter()
         size = len(self.captured.graph_module.graph.nodes)
+        if (raised := self._naive_exception()) is not None:
+            reason = f"the original itself raises in {self.mode}: {raised}"
+            return self._nothing([Declined("all passes", "?", reason)], size, start)
         outcome = self._rewrite()
         near_misses = [self._near_miss(skip) for skip in outcome.skips]
         if not outcome.applied:
@@ -114,6 +119,15 @@ class _Selecting:
             self.mode, rewritten, rewritten, kept, self.declined, verdict, comparison,
             (size, len(outcome.graph_module.graph.nodes)), time.perf_counter() - start,
         )
+
+    def _naive_exception(self) -> str | None:
+        """What a call of the original raises, with its backward in training."""
+        leaves, spec = flat(self.args, self.kwargs)
+        state = fresh_state(self.model)
+        with swapped(self.model, state):
+            seen = observe(self.model, copied(leaves), spec, model_state(self.model),
+                           self.mode == "training", self.options.seed)
+        return seen.exception
 
     def _nothing(
         self, near_misses: list[Declined], size: int, start: float,
