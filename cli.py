@@ -212,7 +212,9 @@ def prepare(threads: int | None, mode: str) -> None:
     import torch
 
     from .loading import BadInput
+    from .optimizer.measure import keep_freed_memory
 
+    keep_freed_memory()
     if mode not in ("inference", "training", "both"):
         raise BadInput(f"--mode is inference, training or both, not {mode!r}")
     if threads is not None:

@@ -8,6 +8,7 @@ far it is from itself is the noise, and nothing inside the noise is called a gai
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import statistics
@@ -56,6 +57,17 @@ class Comparison:
         return next(t for t in self.timings if t.name == name)
 
 
+class _Timer(Timer):
+    """torch's timer, warmed up once and not before every measurement: calls may take seconds."""
+
+    def warm_up(self) -> float:
+        """Seconds of a second call."""
+        return min(self.seconds_per_call(1), self.seconds_per_call(1))
+
+    def seconds_per_call(self, calls: int) -> float:
+        return float(self._timeit(number=calls)) / calls
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], *, mode: str = "", rounds: int = 7,
     seconds: float = 3.0, seed: int = 0,
@@ -64,19 +76,18 @@ def interleaved(
     names = list(candidates)
     runs = {**candidates, AGAIN: candidates[names[0]]}
     threads = torch.get_num_threads()
-    timers = {n: Timer("run()", globals={"run": run}, num_threads=threads)
+    timers = {n: _Timer("run()", globals={"run": run}, num_threads=threads)
               for n, run in runs.items()}
-    once = {n: min(timer.timeit(1).mean for _ in range(2)) for n, timer in timers.items()}
+    once = {n: timer.warm_up() for n, timer in timers.items()}
+    rounds = max(3, min(rounds, int(2 * seconds / sum(once.values()))))
     share = seconds / (rounds * len(runs))
-    if sum(once.values()) * rounds > 4 * seconds:
-        rounds = max(3, int(4 * seconds / sum(once.values())))
     calls = {n: max(1, min(10_000, int(share / max(t, 1e-7)))) for n, t in once.items()}
     order, shuffle = list(runs), random.Random(seed)
     times: dict[str, list[float]] = {n: [] for n in runs}
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(timers[name].timeit(calls[name]).mean)
+            times[name].append(timers[name].seconds_per_call(calls[name]))
     base = times[names[0]]
     own = [abs(a / b - 1) for a, b in zip(base, times[AGAIN], strict=True)]
     timings = tuple(_timing(n, base, times[n]) for n in names)
@@ -109,6 +120,24 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, where the C library is glibc.
+
+    By default large blocks go back to the system at once, and asking for them again costs a
+    page fault each: on a virtual machine that drowned a model's arithmetic by up to 40x. For
+    processes that do nothing but measure; a caller's own process is left as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for setting, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30)):
+        mallopt(setting, size)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     simplify(graph_module, mode)
     remove_dead(graph_module)
     sink_reads(graph_module)
+    propagate(graph_module, mode)
     graph_module.recompile()
 
 

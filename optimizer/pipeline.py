@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from .apply import apply, merge_equal, restore, tidy, visible
+from .apply import apply, merge_equal, restore, visible
 from .capture import Capture
 from .facts import Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
@@ -49,7 +49,6 @@ def run_passes(
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
     graph_module = GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
     outcome = Outcome(graph_module)
-    tidy(graph_module, captured.fake_mode)
     before = visible(graph_module)
     for one in passes:
         done: set[GraphModule] = set()

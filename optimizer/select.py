@@ -19,7 +19,7 @@ from .rewritten import Rewritten
 from .verify import Differs, Equal, NotVerified, Verdict, fresh_state, verify
 
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
-MOST_GROUPS = 10  # beyond this many, rewrites are tried pass by pass, not line by line
+MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
 MOST_COUNTEREXAMPLES = 8
 
 
@@ -197,10 +197,10 @@ class _Selecting:
         for name, groups in bundles.items():
             self.progress(f"measuring without {name} ({self.mode})")
             variants[name] = self._rewrite(frozenset(groups))
-        timed = self._timed(variants)
+        timed = self._timed(self._modules(variants), rounds=5)
         losers = []
         for name, groups in bundles.items():
-            worth = timed["looplift"].ratio / timed[name].ratio
+            worth = 1 / timed[name].ratio  # ratios are to the first variant, all rewrites
             self.worth |= dict.fromkeys(groups, worth)
             if worth < 1 - max(timed.noise, 0.02):
                 losers.append(name)
@@ -219,7 +219,9 @@ class _Selecting:
     ) -> tuple[Outcome, Verdict, Comparison | None]:
         comparison: Comparison | None = None
         while outcome.applied:
-            comparison = self._timed({"looplift": outcome}, memory=True)
+            comparison = self._timed(
+                {"naive": self.model, **self._modules({"looplift": outcome})}, memory=True
+            )
             naive, ours = comparison["naive"], comparison["looplift"]
             assert naive.memory is not None
             assert ours.memory is not None
@@ -264,15 +266,16 @@ class _Selecting:
             return {f"{name} at {where}": [(name, where)] for name, where in groups}
         return {name: [g for g in groups if g[0] == name] for name, _ in groups}
 
-    def _timed(self, variants: dict[str, Outcome], memory: bool = False) -> Comparison:
-        modules: dict[str, nn.Module] = {"naive": self.model}
-        modules |= {
-            name: self._module(v) if v.applied else self.model for name, v in variants.items()
-        }
+    def _modules(self, variants: dict[str, Outcome]) -> dict[str, nn.Module]:
+        return {n: self._module(v) if v.applied else self.model for n, v in variants.items()}
+
+    def _timed(
+        self, modules: dict[str, nn.Module], rounds: int = 7, memory: bool = False
+    ) -> Comparison:
         training = self.mode == "training"
         runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
-        timed = interleaved(runs, mode=self.mode, seed=self.options.seed,
+        timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
                             seconds=0.5 * (1 + len(runs)))
         if not memory:
             return timed

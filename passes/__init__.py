@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..optimizer.rewrite import Pass
 from .approximate_gelu import ApproximateGelu
 from .batch_timesteps import BatchTimesteps
+from .fuse_attention import FuseAttention
 from .lower_einops import LowerEinops
 from .lower_scans import LowerScans
 from .reroll_loops import RerollLoops
@@ -17,6 +18,7 @@ ORDER: tuple[Pass, ...] = (
     VectorizePatches(),  # then those that carry nothing: all of them
     SliceIndices(),  # tables that stood in loops are in the open now
     LowerEinops(),  # after batching, which keeps an einsum one einsum
+    FuseAttention(),  # attention over heads or windows that stood in loops is whole now
     ApproximateGelu(),  # one gelu over all steps, not one for each
     LowerScans(),  # last: what is still a scan runs as a loop
 )

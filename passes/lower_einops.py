@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, cast
 
 import opt_einsum
 from torch.fx import Node
 
 from ..optimizer.builder import Builder
-from ..optimizer.facts import Facts, aten, is_op, shape, source_line
+from ..optimizer.facts import Facts, aten, is_op, shape, source_line, value
 from ..optimizer.rewrite import Rewrite, Skip
 
 
@@ -88,24 +89,26 @@ class Contraction:
 
     def build(self, build: Builder) -> list[Node]:
         terms, nodes = list(self.terms), list(self.operands)
-        if len(nodes) > 2:
-            equation = f"{','.join(terms)}->{self.out}"
-            sizes = [shape(n) for n in nodes]
-            path, _ = opt_einsum.contract_path(equation, *sizes, shapes=True, optimize="optimal"
-                                               if len(nodes) < 6 else "auto")
-        else:
-            path = [tuple(range(len(nodes)))]
-        for step in path:
+        for step in self._path():
             chosen = [(terms[i], nodes[i]) for i in step]
             for i in sorted(step, reverse=True):
                 del terms[i], nodes[i]
             wanted = set(self.out).union(*terms)
             term, node = chosen[0]
             for other in chosen[1:]:
-                term, node = pair(build, (term, node), other, wanted)
+                term, node = pair(build, (term, node), other, wanted, self.out)
             terms.append(term)
             nodes.append(node)
         return [arranged(build, *summed(build, terms[0], nodes[0], set(self.out)), self.out)]
+
+
+    def _path(self) -> list[tuple[int, ...]]:
+        """Which operands to contract at each step, the results going to the end."""
+        if len(self.terms) < 3:
+            return [tuple(range(len(self.terms)))]
+        equation, sizes = f"{','.join(self.terms)}->{self.out}", [shape(n) for n in self.operands]
+        path, _ = opt_einsum.contract_path(equation, *sizes, shapes=True, optimize="auto")
+        return cast(list[tuple[int, ...]], path)
 
 
 def summed(build: Builder, term: str, node: Node, kept: set[str]) -> tuple[str, Node]:
@@ -121,46 +124,79 @@ def arranged(build: Builder, term: str, node: Node, wanted: str) -> Node:
     return build.permute(node, [term.index(c) for c in wanted])
 
 
-def pair(
-    build: Builder, left: tuple[str, Node], right: tuple[str, Node], wanted: set[str]
-) -> tuple[str, Node]:
+Operand = tuple[str, Node]  # the letters of a node's axes, and the node
+
+
+def pair(build: Builder, left: Operand, right: Operand, wanted: set[str], out: str) -> Operand:
     """The contraction of two operands over the letters that nobody else wants."""
     (a, x), (b, y) = left, right
     a, x = summed(build, a, x, wanted | set(b))
     b, y = summed(build, b, y, wanted | set(a))
-    batch = [c for c in a if c in b and c in wanted]
-    inner = [c for c in a if c in b and c not in wanted]
-    rows, columns = ([c for c in t if c not in o] for t, o in ((a, b), (b, a)))
+    shared = [c for c in a if c in b]
+    inner = [c for c in shared if c not in wanted]
     if not inner:
-        return multiplied(build, (a, x), (b, y), batch + rows + columns)
+        letters = sorted(set(a + b), key=lambda c: (out + a + b).index(c))
+        return multiplied(build, (a, x), (b, y), letters)
+    if len(inner) < len(shared):
+        return batched(build, (a, x), (b, y), [c for c in shared if c in wanted], inner)
+    if prod(shape(x)) > prod(shape(y)):
+        (a, x), (b, y) = (b, y), (a, x)
+    return applied(build, (a, x), (b, y), inner)
+
+
+def applied(build: Builder, small: Operand, large: Operand, inner: list[str]) -> Operand:
+    """A small matrix applied along the inner axes of a large operand, in the order it lies in.
+
+    Axes that lie outside the inner ones become a batch, those inside them columns, so that
+    the large operand is neither permuted nor copied.
+    """
+    (a, x), (b, y) = small, large
+    lying = sorted(b, key=lambda c: -value(y).stride(b.index(c)))
+    first = min(lying.index(c) for c in inner)
+    lead = [c for c in lying[:first] if c not in inner]
+    tail = [c for c in lying[first:] if c not in inner]
+    rows = [c for c in a if c not in inner]
     size = dict(zip(a + b, shape(x) + shape(y), strict=True))
-    if not batch and len(rows) > 1 >= len(columns) and len(inner) == 1:
-        x, y = arranged(build, a, x, "".join(rows + inner)), arranged(
-            build, b, y, "".join(inner + columns))
-        return "".join(rows + columns), build.call(aten.matmul.default, x, y)
-    if not batch and len(columns) > 1 and len(rows) <= 1 and len(inner) == 1:
-        return pair(build, (b, y), (a, x), wanted)
+    count = {name: prod([size[c] for c in part])
+             for name, part in (("lead", lead), ("tail", tail), ("rows", rows), ("inner", inner))}
+    x = arranged(build, a, x, "".join(rows + inner))
+    x = build.reshape(x, [count["rows"], count["inner"]])
+    y = arranged(build, b, y, "".join(lead + inner + tail))
+    letters = lead + rows + tail
+    if not tail:
+        y = build.reshape(y, [count["lead"], count["inner"]])
+        made = build.call(aten.matmul.default, y, build.permute(x, [1, 0]))
+    elif not lead:
+        y = build.reshape(y, [count["inner"], count["tail"]])
+        made = build.call(aten.matmul.default, x, y)
+    else:
+        y = build.reshape(y, [count["lead"], count["inner"], count["tail"]])
+        sizes = [count["lead"], count["rows"], count["inner"]]
+        made = build.call(aten.bmm.default, build.call(aten.expand.default, x, sizes), y)
+    return "".join(letters), build.reshape(made, [size[c] for c in letters])
 
-    def product(letters: Sequence[str]) -> int:
-        count = 1
-        for letter in letters:
-            count *= size[letter]
-        return count
 
+def batched(
+    build: Builder, left: Operand, right: Operand, batch: list[str], inner: list[str]
+) -> Operand:
+    """A matrix product for each position of the batch axes."""
+    (a, x), (b, y) = left, right
+    rows, columns = ([c for c in t if c not in o] for t, o in ((a, b), (b, a)))
+    size = dict(zip(a + b, shape(x) + shape(y), strict=True))
+    lead = [size[c] for c in batch]
+    count = [prod([size[c] for c in part]) for part in (rows, inner, columns)]
     x = arranged(build, a, x, "".join(batch + rows + inner))
     y = arranged(build, b, y, "".join(batch + inner + columns))
-    lead = [size[c] for c in batch]
-    x = build.reshape(x, [*lead, product(rows), product(inner)])
-    y = build.reshape(y, [*lead, product(inner), product(columns)])
+    x = build.reshape(x, [*lead, count[0], count[1]])
+    y = build.reshape(y, [*lead, count[1], count[2]])
+    letters = batch + rows + columns
     made = build.call(aten.matmul.default, x, y)
-    return "".join(batch + rows + columns), build.reshape(
-        made, [size[c] for c in batch + rows + columns]
-    )
+    return "".join(letters), build.reshape(made, [size[c] for c in letters])
 
 
 def multiplied(
-    build: Builder, left: tuple[str, Node], right: tuple[str, Node], letters: Sequence[str]
-) -> tuple[str, Node]:
+    build: Builder, left: Operand, right: Operand, letters: Sequence[str]
+) -> Operand:
     """The outer (or elementwise) product, both operands broadcast over `letters`."""
     factors = []
     for term, node in (left, right):

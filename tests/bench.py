@@ -1,0 +1,163 @@
+"""`make bench`: every model at its full size, naive, by hand, and by looplift, each compiled too.
+
+One row is one model at one size, measured in a process of its own: one interleaved run for
+inference and one for training, ratios to naive with their spread, peak memory, and the time
+that optimizing took. torch.compile joins where the naive graph is small enough to compile
+within the time given (`--compile-nodes`); its compile time is in the table.
+
+This is a benchmark: it asserts nothing. The table goes to the screen, all data to
+build/bench.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BUILD = Path(__file__).parent.parent / "build"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one size; `naive` and `hand` are functions of its module."""
+
+    name: str
+    module: str
+    naive: str = "model"
+    hand: str = "by_hand"
+    inputs: str = "example_inputs"
+    options: tuple[tuple[str, Any], ...] = ()  # for the models
+    input_options: tuple[tuple[str, Any], ...] = ()
+
+
+ROWS = (
+    Row("eigenstate T=128", "eigenstate", input_options=(("length", 128),)),
+    Row("eigenstate T=1024", "eigenstate", input_options=(("length", 1024),)),
+    Row("eigenstate, coupling, T=512", "eigenstate", "model_with_coupling",
+        "by_hand_with_coupling", input_options=(("length", 512),)),
+    Row("alternating patches T=1024", "alternating_patches"),
+    Row("alternating patches T=1200", "alternating_patches", input_options=(("length", 1200),)),
+    Row("dilated attention 2k", "dilated_attention", input_options=(("length", 2048),)),
+    Row("dilated attention 8k", "dilated_attention", input_options=(("length", 8192),)),
+    Row("vision transformer 512²", "vision_transformer"),
+    Row("text encoder S=50", "vision_transformer", "text_encoder", "text_encoder_by_hand",
+        "text_inputs"),
+    Row("hyper-connections, mHC", "hyper_connections"),
+    Row("hyper-connections, plain Sinkhorn", "hyper_connections", "hyper_connections",
+        "hyper_connections_by_hand", options=(("mode", "mhc"), ("sinkhorn_domain", "plain"))),
+    Row("hyper-connections, orthostochastic", "hyper_connections", "hyper_connections",
+        "hyper_connections_by_hand", options=(("mode", "orthostochastic"),)),
+    Row("hyper-connections, dynamic, 2 fractions", "hyper_connections", "hyper_connections",
+        "hyper_connections_by_hand", options=(("mode", "hc"), ("num_fracs", 2))),
+)
+
+
+def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list[str]) -> Any:
+    """One row's data; run in its own process."""
+    import looplift
+    import torch
+    from looplift.optimizer.measure import compare_all, keep_freed_memory
+
+    keep_freed_memory()
+    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
+    module = importlib.import_module(f"looplift.models.{row.module}")
+    naive = getattr(module, row.naive)(size, **dict(row.options))
+    hand = getattr(module, row.hand)(size, **dict(row.options))
+    hand.load_state_dict(naive.state_dict())
+    inputs = getattr(module, row.inputs)(size, **dict(row.input_options))
+    start = time.perf_counter()
+    fast = looplift.apply_passes(naive, inputs, mode="both" if len(modes) > 1 else modes[0])
+    data: dict[str, Any] = {"row": asdict(row), "size": size,
+                            "optimize_seconds": time.perf_counter() - start,
+                            "report": fast.report.to_dict(), "comparisons": []}
+    models: dict[str, Any] = {"naive": naive, "by hand": hand, "looplift": fast}
+    nodes = max((m["nodes"][0] for m in data["report"]["modes"]), default=0)
+    if nodes <= compile_nodes:
+        compiled = {"naive compiled": torch.compile(naive), "by hand compiled": torch.compile(hand),
+                    "looplift compiled": torch.compile(naive, backend="looplift")}
+        for name, model in compiled.items():
+            start = time.perf_counter()
+            for mode in modes:
+                with torch.set_grad_enabled(mode == "training"):  # type: ignore[no-untyped-call]
+                    model(*inputs)
+            data[f"{name} seconds"] = time.perf_counter() - start
+        models |= compiled
+    for mode in modes:
+        data["comparisons"] += [asdict(c) for c in
+                                compare_all(models, inputs, mode=mode, seconds=seconds)]
+    return data
+
+
+def table(rows: list[Any]) -> Any:
+    from looplift.optimizer.render.terminal import duration, size
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "mode", "naive", "by hand", "looplift", "spread", "naive c.", "hand c.",
+                   "looplift c.", "memory", "noise", "optimize"):
+        made.add_column(column, justify="left" if column in ("model", "mode") else "right")
+    for data in rows:
+        for comparison in data["comparisons"]:
+            by_name = {t["name"]: t for t in comparison["timings"]}
+
+            def ratio(name: str, by_name: dict[str, Any] = by_name) -> str:
+                return f"{by_name[name]['ratio']:.2f}x" if name in by_name else "–"
+
+            ours, naive = by_name["looplift"], by_name["naive"]
+            memory = ours["memory"] / max(naive["memory"], 1)
+            made.add_row(
+                data["row"]["name"], comparison["mode"], duration(naive["seconds"]),
+                ratio("by hand"), ratio("looplift"), f"{ours['low']:.2f}–{ours['high']:.2f}",
+                ratio("naive compiled"), ratio("by hand compiled"), ratio("looplift compiled"),
+                f"{memory:.2f}x of {size(naive['memory'])}", f"{comparison['noise']:.0%}",
+                f"{data['optimize_seconds']:.0f} s",
+            )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help="only rows whose name contains one of these")
+    parser.add_argument("--size", default="full")
+    parser.add_argument("--compile-nodes", type=int, default=0,
+                        help="join torch.compile where the naive graph has at most so many nodes")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per mode")
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one is not None:
+        row = next(r for r in ROWS if r.name == given.one)
+        print(json.dumps(measure(row, given.size, given.compile_nodes, given.seconds,
+                                 given.modes)))
+        return
+    chosen = [r for r in ROWS if not given.rows or any(g in r.name for g in given.rows)]
+    done = []
+    for row in chosen:
+        print(f"… {row.name}", file=sys.stderr, flush=True)
+        finished = subprocess.run(
+            [sys.executable, __file__, "--one", row.name, "--size", given.size, "--compile-nodes",
+             str(given.compile_nodes), "--seconds", str(given.seconds), "--modes", *given.modes],
+            stdout=subprocess.PIPE, text=True, check=False,
+        )
+        if finished.returncode:
+            print(f"  failed with exit code {finished.returncode}", file=sys.stderr)
+            continue
+        done.append(json.loads(finished.stdout.splitlines()[-1]))
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "bench.json").write_text(json.dumps(done, indent=1))
+    from rich.console import Console
+
+    Console(width=160).print(table(done))
+
+
+if __name__ == "__main__":
+    main()
