@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,52 +94,77 @@ def merge_equal(graph_module: GraphModule) -> None:
             graph_module.graph.erase_node(node)
 
 
-def visible(graph_module: GraphModule) -> list[tuple[tuple[int, ...] | None, int | None]]:
-    """Of each output: its strides, and which input or earlier output shares its storage.
+@dataclass(frozen=True)
+class Seen:
+    """Of one output: how it lies in memory, and whose memory it is.
 
-    Inputs are numbered -1, -2, …; a fresh output has no such number.
+    `owner` is the first output, or the input (numbered -1, -2, …), that has the same storage;
+    None for an output of its own, or one that is no strided tensor.
     """
+
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] | None = None
+    offset: int = 0
+    owner: int | None = None
+
+
+def visible(graph_module: GraphModule) -> list[Seen]:
+    """What a caller can see of the outputs' memory."""
     owners: dict[int, int] = {}
     for position, node in enumerate(placeholders(graph_module)):
         if is_tensor(node):
             owners.setdefault(_storage(value(node)), -1 - position)
-    seen: list[tuple[tuple[int, ...] | None, int | None]] = []
-    for position, leaf in enumerate(results(graph_module)):
-        if not is_tensor(leaf):
-            seen.append((None, None))
-            continue
-        assert isinstance(leaf, Node)
-        key = _storage(value(leaf))
-        seen.append((tuple(value(leaf).stride()), owners.get(key)))
-        owners.setdefault(key, position)
-    return seen
+    return [_seen(leaf, position, owners) for position, leaf in enumerate(results(graph_module))]
 
 
-def restore(
-    graph_module: GraphModule,
-    before: Sequence[tuple[tuple[int, ...] | None, int | None]],
-    mode: FakeTensorMode,
-) -> None:
-    """Give the outputs back the strides and the freshness that `visible` saw `before`."""
-    end = output_node(graph_module)
-    leaves = results(graph_module)
-    for position, (now, was) in enumerate(zip(visible(graph_module), before, strict=True)):
-        if now == was:
+def _seen(leaf: Any, position: int, owners: dict[int, int]) -> Seen:
+    if not is_tensor(leaf) or value(leaf).layout is not torch.strided:
+        return Seen()
+    tensor = value(leaf)
+    owner = owners.get(_storage(tensor))
+    owners.setdefault(_storage(tensor), position)
+    return Seen(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()),
+                owner)
+
+
+def restore(graph_module: GraphModule, before: Sequence[Seen], mode: FakeTensorMode) -> None:
+    """Give the outputs back the strides and the sharing of storage that they had `before`.
+
+    Raises `ContractError` where that is not possible.
+    """
+    end, leaves = output_node(graph_module), results(graph_module)
+    owners = {_storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
+              if is_tensor(n)}
+    build = Builder(graph_module, end, mode, {"rewritten_by": "contract"})
+    for position, was in enumerate(before):
+        if was.strides is None:
             continue
-        node, (strides, shared) = leaves[position], was
-        assert isinstance(node, Node)
-        assert strides is not None
-        if shared is not None:
-            raise ContractError(f"output {position} shared storage with another value, and lost it")
-        build = Builder(graph_module, end, mode, {"rewritten_by": "contract"})
-        leaves[position] = _with_strides(build, node, strides)
+        now = _seen(leaves[position], position, dict(owners))
+        if now != was:
+            leaves[position] = _restored(build, leaves, position, was, now)
+        owners.setdefault(_storage(value(leaves[position])), position)
     end.args = (leaves,)
-    tidy_strides(graph_module, mode)
-
-
-def tidy_strides(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     propagate(graph_module, mode)
     graph_module.recompile()
+
+
+def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: Seen) -> Node:
+    assert was.strides is not None
+    node = leaves[position]
+    if was.owner is None:
+        if now.owner is None and now.strides == was.strides:
+            return cast(Node, node)  # elsewhere in a storage of its own
+        return _with_strides(build, node, was.strides)
+    if was.owner < 0:
+        if now.owner == was.owner and now.strides == was.strides:
+            return cast(Node, node)
+        raise ContractError(f"output {position} is no view of its input any more")
+    base = value(leaves[was.owner])
+    last = was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
+    if base.untyped_storage().size() // base.element_size() <= last:
+        raise ContractError(f"output {position} was a view of memory that is gone")
+    return build.call(aten.as_strided.default, leaves[was.owner], list(was.shape),
+                      list(was.strides), was.offset)
 
 
 def _with_strides(build: Builder, node: Node, strides: tuple[int, ...]) -> Node:

@@ -8,6 +8,7 @@ loop. Every result is checked against the shape and dtype that a single step has
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from .builder import Builder
 from .facts import argument, aten, is_random, is_scan, shape, value
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ class Batcher:
         rule = RULES.get(node.target)
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = _pointwise
-        outcome = rule(self, node, args, kwargs) if rule is not None else None
+        outcome = _declining(rule, self, node, args, kwargs) if rule is not None else None
         if outcome is None or not self._right(node, outcome):
-            outcome = _vmapped(self, node, args, kwargs)
+            outcome = _declining(_vmapped, self, node, args, kwargs)
         return outcome if outcome is not None and self._right(node, outcome) else None
 
     def _right(self, node: Node, outcome: Lane | tuple[Lane, ...]) -> bool:
@@ -120,6 +123,17 @@ class Batcher:
 
 
 Rule = Callable[[Batcher, Node, Sequence[Any], Mapping[str, Any]], Outcome]
+
+
+def _declining(
+    rule: Rule, b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Outcome:
+    """What `rule` gives; None where it raises, which is how some say that they can't."""
+    try:
+        return rule(b, node, args, kwargs)
+    except Exception:
+        log.debug("no batching of %s", node.target, exc_info=True)
+        return None
 
 
 def _without(sizes: Sequence[int], axis: int) -> tuple[int, ...]:
@@ -179,6 +193,8 @@ def _padded_front(b: Batcher, operand: Operand, rank: int) -> Node:
 
 def _addmm(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+        return None
+    if not any(isinstance(a, Lane) for a in args[1:]):
         return None
     product = _matmul(b, node, args[1:], {})
     if not isinstance(product, Lane):
@@ -383,8 +399,6 @@ def _vmapped(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, A
         with b.build.mode, torch.no_grad():
             batched = torch.vmap(one_step, in_dims=in_dims, out_dims=0)
             traced = make_fx(torch.func.functionalize(batched))(*[value(n) for n in nodes])
-    except (RuntimeError, ValueError, NotImplementedError):
-        return None
     finally:
         functorch._set_vmap_fallback_enabled(fallback)
     return _inlined(b, traced.graph, nodes)
@@ -428,6 +442,7 @@ RULES: dict[Any, Rule] = {
     aten.sum.default: _total(aten.sum.dim_IntList),
     aten.mean.default: _total(aten.mean.dim),
     aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _layer_norm,
     aten.select.int: _select,
     aten.unsqueeze.default: _unsqueeze,
     aten.permute.default: _permute,

@@ -7,7 +7,9 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,9 +26,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
 
+from .apply import Seen, visible
 from .facts import TORCH
 from .normal_form import UnsupportedRegion, normalize
 
+PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
 TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
 
 
@@ -68,7 +72,8 @@ class Capture:
     The graph's placeholders are the `state` in order, then the flat tensor inputs
     (`tensor_inputs` are their places among all flat inputs). Its outputs are the flat
     outputs, then a new value for each of `written`. `same_as` maps an output to the
-    placeholder whose very tensor the model returns after writing to it.
+    placeholder whose very tensor the model returns after writing to it; `constants` holds the
+    outputs that are no tensors. `seen` is how the outputs lie in memory.
     """
 
     graph_module: GraphModule
@@ -78,6 +83,8 @@ class Capture:
     outputs: int
     written: tuple[int, ...]
     same_as: dict[int, int]
+    constants: dict[int, Any]
+    seen: tuple[Seen, ...]
     fake_mode: FakeTensorMode
 
 
@@ -116,6 +123,10 @@ def swapped(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
         )
     ]
     before = [dict(holder) for holder in holders]
+    containers = [
+        (key, held, copy.copy(held)) for holder in holders for key, held in holder.items()
+        if isinstance(held, (list, dict, set, collections.deque)) and not key.startswith("_")
+    ]
     try:
         swaps = []
         for holder in holders:
@@ -127,15 +138,38 @@ def swapped(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
         for holder, swap in zip(holders, swaps, strict=True):
             for key in holder.keys() | swap.keys():
                 if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
-                    raise CaptureError(
-                        f"forward assigns the attribute {key!r} of the model, an effect that a "
-                        "captured graph would not repeat; keep the value in a registered buffer "
-                        "and write to it in place"
-                    )
+                    raise CaptureError(f"forward assigns the attribute {key!r} {EFFECT}")
+        for key, held, contents in containers:
+            if not _same_items(held, contents):
+                raise CaptureError(f"forward changes the container {key!r} {EFFECT}")
     finally:
+        for _, held, contents in containers:
+            _refill(held, contents)
         for holder, original in zip(holders, before, strict=True):
             holder.clear()
             holder.update(original)
+
+
+EFFECT = (
+    "of the model, an effect that a captured graph would not repeat; keep the value in a "
+    "registered buffer and write to it in place"
+)
+
+
+def _same_items(held: Any, contents: Any) -> bool:
+    one, other = (list(c.items()) if isinstance(c, dict) else list(c) for c in (held, contents))
+    flat = [x for pair in (*one, *other) for x in (pair if isinstance(pair, tuple) else (pair,))]
+    half = len(flat) // 2
+    return len(one) == len(other) and all(
+        x is y for x, y in zip(flat[:half], flat[half:], strict=False)
+    )
+
+
+def _refill(held: Any, contents: Any) -> None:
+    if _same_items(held, contents):
+        return
+    held.clear()
+    (held.extend if isinstance(held, (list, collections.deque)) else held.update)(contents)
 
 
 def capture(
@@ -170,13 +204,14 @@ def capture(
         except Exception as error:
             raise _explained(error) from error
     assert trace.output_spec is not None
+    seen = tuple(visible(graph_module))
     try:
         normalize(graph_module, [s.name for s in state], mode)
     except UnsupportedRegion as error:
         raise CaptureError(str(error)) from error
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
-        trace.same_as, mode,
+        trace.same_as, trace.constants, seen, mode,
     )
 
 
@@ -193,6 +228,7 @@ class _Trace:
         self.outputs = 0
         self.written: tuple[int, ...] = ()
         self.same_as: dict[int, int] = {}
+        self.constants: dict[int, Any] = {}
 
     def functional(self, *fakes: Tensor) -> list[Any]:
         mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
@@ -220,9 +256,10 @@ class _Trace:
         outputs, self.output_spec = pytree.tree_flatten(result)
         self.outputs = len(outputs)
         for leaf in outputs:
-            if not isinstance(leaf, (Tensor, int, float, bool, complex, str, type(None))):
+            if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor")
-        return outputs
+        self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
+        return [x if isinstance(x, Tensor) else None for x in outputs]
 
     def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:
         for position, leaf in enumerate(leaves):
@@ -264,6 +301,11 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
             )
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CaptureError(
+                f"the module{where} has forward hooks, whose effects a graph would not repeat; "
+                "remove them, or optimize the modules inside"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
 

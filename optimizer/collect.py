@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch.fx import Node
 
+from .batching import Batcher, Lane
 from .builder import Builder
-from .facts import aten, is_op, shape
+from .facts import aten, is_op, is_view, shape
+
+
+@dataclass(frozen=True)
+class LaneOf:
+    """An entry that is lane `index` of `stack`, seen through `views`, applied in order."""
+
+    stack: Node
+    index: int
+    views: tuple[Node, ...] = ()
+
+    def kind(self) -> tuple[Any, ...]:
+        return (self.stack, *((v.target, str(v.args[1:])) for v in self.views))
 
 
 @dataclass(frozen=True)
 class Piece:
     """Consecutive entries: a run over the lanes of one or more stacks in turn, or one node.
 
-    Entry k of the run is lane `begin + k // len(stacks)` of stack `k % len(stacks)`.
+    Entry k of the run is lane `begin + step · (k // len(firsts))` of the stack of
+    `firsts[k % len(firsts)]`, each seen through the same views.
     """
 
-    stacks: tuple[Node, ...]
-    begin: int
-    count: int  # lanes of each stack; 0 for a single node that is no lane
+    firsts: tuple[LaneOf | Node, ...]
+    step: int = 1
+    count: int = 0  # lanes of each stack; 0 for a single node that is no lane
+
+    def lanes(self, build: Builder, axis: int) -> list[Node]:
+        """For each stack its lanes of the run, seen through the views, stacked at `axis`."""
+        found = []
+        for first in self.firsts:
+            assert isinstance(first, LaneOf)
+            last = first.index + self.step * (self.count - 1)
+            low, high = min(first.index, last), max(first.index, last)
+            node = build.slice(first.stack, 0, low, high + 1, abs(self.step))
+            if self.step < 0:
+                node = build.call(aten.flip.default, node, [0])
+            found.append(self._viewed(build, node, first.views, axis))
+        return found
+
+    def _viewed(self, build: Builder, node: Node, views: Sequence[Node], axis: int) -> Node:
+        batcher = Batcher(build, self.count, axis)
+        lane = Lane(node, 0)
+        for view in views:
+            outcome = batcher.operation(view, {cast(Node, view.args[0]): lane})
+            assert isinstance(outcome, Lane), f"{view.target} is a view"
+            lane = outcome
+        return batcher.at(lane, axis)
 
 
 @dataclass(frozen=True)
@@ -39,19 +76,13 @@ class Collection:
 
     def _part(self, build: Builder, piece: Piece) -> Node:
         if piece.count == 0:
-            node = piece.stacks[0]
+            node = cast(Node, piece.firsts[0])
             return node if self.joins else build.call(aten.unsqueeze.default, node, self.axis)
-        sliced = [build.slice(s, 0, piece.begin, piece.begin + piece.count) for s in piece.stacks]
-        if self.joins:
-            moved = [build.move(s, 0, self.axis) for s in sliced]
-            one = moved[0] if len(moved) == 1 else build.call(
-                aten.cat.default, moved, self.axis + 1
-            )
-            return _merge(build, one, self.axis)
-        moved = [build.move(s, 0, self.axis) for s in sliced]
+        moved = piece.lanes(build, self.axis)
         if len(moved) == 1:
-            return moved[0]
-        return _merge(build, build.call(aten.stack.default, moved, self.axis + 1), self.axis)
+            return _merge(build, moved[0], self.axis) if self.joins else moved[0]
+        join = aten.cat.default if self.joins else aten.stack.default
+        return _merge(build, build.call(join, moved, self.axis + 1), self.axis)
 
 
 def _merge(build: Builder, node: Node, axis: int) -> Node:
@@ -70,50 +101,62 @@ def collection(node: Node) -> Collection | None:
     return Collection(tuple(pieces), axis, is_op(node, aten.cat.default), len(entries))
 
 
-def _lane(entry: Node) -> tuple[Node, int] | None:
-    if is_op(entry, aten.select.int) and entry.args[1] == 0 and isinstance(entry.args[2], int):
-        return cast(Node, entry.args[0]), entry.args[2]
+def _lane(entry: Node) -> LaneOf | None:
+    views: list[Node] = []
+    while is_view(entry):
+        source = cast(Node, entry.args[0])
+        if is_op(entry, aten.select.int) and _is_stack(source) and entry.args[1] == 0:
+            return LaneOf(source, cast(int, entry.args[2]), tuple(reversed(views)))
+        if len(entry.all_input_nodes) != 1:
+            return None
+        views.append(entry)
+        entry = source
     return None
 
 
-def _pieces(lanes: Sequence[tuple[Node, int] | None], entries: Sequence[Node]) -> list[Piece]:
+def _is_stack(node: Node) -> bool:
+    """Whether `node` is the result of a scan (through what it was batched to, if it was)."""
+    return "rewritten_by" in node.meta or is_op(node, operator.getitem)
+
+
+def _pieces(lanes: Sequence[LaneOf | None], entries: Sequence[Node]) -> list[Piece]:
     pieces: list[Piece] = []
     at = 0
     while at < len(entries):
-        period, count = _longest(lanes, at)
+        period, step, count = _longest(lanes, at)
         if count < 2:
-            pieces.append(Piece((entries[at],), 0, 0))
+            pieces.append(Piece((entries[at],)))
             at += 1
             continue
-        stacks = tuple(cast(tuple[Node, int], lanes[at + j])[0] for j in range(period))
-        pieces.append(Piece(stacks, cast(tuple[Node, int], lanes[at])[1], count))
+        firsts = tuple(cast(LaneOf, lane) for lane in lanes[at : at + period])
+        pieces.append(Piece(firsts, step, count))
         at += period * count
     return pieces
 
 
-def _longest(lanes: Sequence[tuple[Node, int] | None], at: int) -> tuple[int, int]:
-    """The period and number of rounds of the run of lanes that starts at `at`."""
+def _longest(lanes: Sequence[LaneOf | None], at: int) -> tuple[int, int, int]:
+    """Period, step and number of rounds of the run of lanes that starts at `at`."""
     first = lanes[at]
     if first is None:
-        return 1, 0
-    period = next(
-        (p for p in range(1, len(lanes) - at) if lanes[at + p] == (first[0], first[1] + 1)), 0
-    )
-    if period == 0 or any(
-        lane is None or lane[1] != first[1] for lane in lanes[at : at + period]
-    ):
-        return 1, 0
+        return 1, 1, 0
+    period = next((p for p in range(1, len(lanes) - at)
+                   if (other := lanes[at + p]) is not None and other.kind() == first.kind()), 0)
+    if period == 0 or any(lane is None for lane in lanes[at : at + period]):
+        return 1, 1, 0
+    step = cast(LaneOf, lanes[at + period]).index - first.index
     count = 1
-    while _follows(lanes, at + count * period, period):
+    while _follows(lanes, at + count * period, period, step):
         count += 1
-    return period, count
+    return period, step, count if step else 0
 
 
-def _follows(lanes: Sequence[tuple[Node, int] | None], at: int, period: int) -> bool:
+def _follows(lanes: Sequence[LaneOf | None], at: int, period: int, step: int) -> bool:
     """Whether the round at `at` is the one after the round before it."""
     if at + period > len(lanes):
         return False
     for now, before in zip(lanes[at : at + period], lanes[at - period : at], strict=True):
-        if now is None or before is None or now != (before[0], before[1] + 1):
+        if now is None or before is None:
+            return False
+        if now.kind() != before.kind() or now.index != before.index + step:
             return False
     return True

@@ -181,11 +181,13 @@ class Distribution:
     def _unit(self, unit: int | Node) -> None:
         if isinstance(unit, int):
             self._cycle(unit)
+        elif unit in self.known:
+            return  # an item that came with the operation it is part of
         elif unit.op == "placeholder":
             self._shifted(unit)
         elif not any(self._varies(n) for n in unit.all_input_nodes) and not is_random(unit):
             self._invariant(unit)
-        elif unit not in self.known:
+        else:
             outcome = self.batcher.operation(unit, self.known)
             if outcome is None:
                 items = [u for u in unit.users if is_op(u, operator.getitem)]

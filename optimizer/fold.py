@@ -58,6 +58,8 @@ class Varying:
     items: tuple[Any, ...]
 
 
+NEVER = 1 << 20  # a crossing that no cut should have
+
 Source = Constant | Local | Carried | Invariant | Varying
 
 
@@ -133,8 +135,9 @@ class Stretch:
             uses = [self.place[u] for u in self.operations[made].users if u in self.place]
             span = max(uses, default=made) - made
             first = made % self.period + 1
-            change[first] += 1
-            change[first + span % self.period] -= 1
+            cost = 1 if is_tensor(self.operations[made]) else NEVER  # tuples can't be carried
+            change[first] += cost
+            change[first + span % self.period] -= cost
         counts, running = [0] * (2 * self.period), 0
         for place in range(2 * self.period):
             running += change[place]
@@ -163,6 +166,7 @@ class Loop:
     sources: list[list[Source]]
     specs: list[pytree.TreeSpec]
     reads: dict[int, list[Link]] = field(default_factory=dict)
+    fixed_reads: dict[int, list[Link]] = field(default_factory=dict)  # of the same place always
     read_base: dict[int, Node] = field(default_factory=dict)
     writes: dict[int, Write] = field(default_factory=dict)
     outside: dict[int, list[int]] = field(default_factory=dict)  # place → trips used outside
@@ -204,23 +208,31 @@ def _find_read(loop: Loop, place: int) -> None:
     base, axis, *where = loop.sources[place]
     if not isinstance(axis, Constant):
         raise Misfit("the axis that is read varies from trip to trip", node)
-    if isinstance(base, Invariant) and any(isinstance(w, Varying) for w in where):
-        before: list[Link] = []
-        loop.read_base[place] = base.node
-    elif isinstance(base, Local) and base.place in loop.reads:
-        before = loop.reads[base.place]
-        loop.read_base[place] = loop.read_base[base.place]
-    else:
+    before: list[Link] | None = None
+    if isinstance(base, Invariant):
+        before, loop.read_base[place] = [], base.node
+    elif isinstance(base, Local):
+        before = loop.reads.get(base.place, loop.fixed_reads.get(base.place))
+        if before is not None:
+            loop.read_base[place] = loop.read_base[base.place]
+    if before is None:
         return
-    begins = _numbers(where[0], loop.trips)
+    varies = any(isinstance(w, Varying) for w in where)
+    if not varies and isinstance(base, Local) and base.place in loop.reads:
+        return  # a fixed place of what is read: an operation of the body like any other
+    found = loop.reads if varies else loop.fixed_reads
+    found[place] = [*before, _link(node, axis.held, where, loop.trips)]
+
+
+def _link(node: Node, axis: int, where: list[Source], trips: int) -> Link:
+    begins = _numbers(where[0], trips)
     if is_op(node, aten.select.int):
-        loop.reads[place] = [*before, Link(axis.held, begins, None, 1)]
-        return
-    ends, step = _numbers(where[1], loop.trips), where[2]
+        return Link(axis, begins, None, 1)
+    ends, step = _numbers(where[1], trips), where[2]
     widths = {e - b for b, e in zip(begins, ends, strict=True)}
     if not isinstance(step, Constant) or len(widths) != 1:
         raise Misfit("the width of a slice varies from trip to trip (a triangular loop)", node)
-    loop.reads[place] = [*before, Link(axis.held, begins, widths.pop(), step.held)]
+    return Link(axis, begins, widths.pop(), step.held)
 
 
 def _numbers(source: Source, trips: int) -> tuple[int, ...]:
@@ -265,34 +277,47 @@ def _find_write(loop: Loop, place: int) -> None:
 
 def _check_arguments(loop: Loop, place: int) -> None:
     node = loop.stretch.operations[place]
-    for source in loop.sources[place]:
+    for slot, source in enumerate(loop.sources[place]):
         if isinstance(source, Varying):
-            _check_varying(node, source)
+            _check_varying(node, source, slot)
         elif isinstance(source, Carried):
             if source.place in loop.writes:
                 raise Misfit("a buffer is read at a place that earlier steps write to", node)
             _check_start(loop.stretch.operations[source.place], source, node)
 
 
-def _check_varying(node: Node, source: Varying) -> None:
+def _check_varying(node: Node, source: Varying, slot: int) -> None:
     if isinstance(source.items[0], Node):
-        if all(n.op == "get_attr" for n in source.items):
-            return
         if any(n.meta.get("state") for n in source.items):
             raise Misfit("each trip uses parameters of its own", node)
-        raise Misfit(
-            "each trip reads another value that was computed before the loop", node
-        )
+        if not all(is_tensor(n) for n in source.items):
+            raise Misfit("each trip runs another loop, or reads another tuple", node)
+        first, *others = (value(n) for n in source.items)
+        if any((o.shape, o.dtype, o.device) != (first.shape, first.dtype, first.device)
+               for o in others):
+            raise Misfit("what each trip reads from before the loop differs in shape", node)
+        return
     if any(not isinstance(item, (int, float)) for item in source.items):
         raise Misfit("an option of the operation varies from trip to trip", node)
-    if _scalar_operand(node) is None:
-        raise Misfit("a size or axis varies from trip to trip (a triangular loop)", node)
+    if slot != 1 or node.target not in WITH_TENSOR:
+        raise Misfit(f"a number given to {node.target} varies from trip to trip", node)
 
 
-def _scalar_operand(node: Node) -> int | None:
-    """The place of an operand that may be a number or a tensor, in elementwise arithmetic."""
-    arithmetic = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-    return 1 if is_op(node, *arithmetic) else None
+# operations whose second argument may be a number, and the form that takes a tensor instead
+WITH_TENSOR = {
+    aten.add.Tensor: aten.add.Tensor, aten.sub.Tensor: aten.sub.Tensor,
+    aten.mul.Tensor: aten.mul.Tensor, aten.div.Tensor: aten.div.Tensor,
+    aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor, aten.div.Scalar: aten.div.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor, aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
+    aten.gt.Scalar: aten.gt.Tensor, aten.ge.Scalar: aten.ge.Tensor,
+    aten.lt.Scalar: aten.lt.Tensor, aten.le.Scalar: aten.le.Tensor,
+    aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor,
+    aten.remainder.Scalar: aten.remainder.Tensor,
+    aten.floor_divide.Scalar: aten.floor_divide.default,
+    aten.bitwise_right_shift.Tensor_Scalar: aten.bitwise_right_shift.Tensor,
+    aten.bitwise_left_shift.Tensor_Scalar: aten.bitwise_left_shift.Tensor,
+}
 
 
 def _check_start(result: Node, source: Carried, node: Node) -> None:
@@ -415,7 +440,10 @@ class _Assembly:
     def _operation(self, place: int, node: Node) -> Node:
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
-        made = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        target: Any = node.target
+        if isinstance(dict(enumerate(self.loop.sources[place])).get(1), Varying):
+            target = WITH_TENSOR.get(target, target)
+        made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(node.meta.items())
         return made
 
@@ -440,10 +468,10 @@ class _Assembly:
         if isinstance(items[0], Node):
             held = self.build.call(aten.stack.default, list(items))
             return self._head("slice", held, value(items[0]), key)
-        like = value(node)
+        # Python floats are doubles, and as 0-d tensors they promote nothing either
         floating = any(isinstance(i, float) for i in items)
-        dtype = like.dtype if floating or like.dtype.is_floating_point else torch.int64
-        held = self.build.table(items, like.device, dtype)
+        dtype = torch.float64 if floating else torch.int64
+        held = self.build.table(items, value(node).device, dtype)
         return self._head("slice", held, value(held)[0], key)
 
     def _step_value(self, source: Local | Carried) -> Node:

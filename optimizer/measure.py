@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.benchmark import Timer
 from .cases import copied, flat
 
 AGAIN = "naive again"
+BUSY = 0.05  # noise above which a machine has other things to do
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Timing:
     """One candidate: seconds per call, and its time as a share of the first candidate's.
 
     `ratio` is first / this (above 1: faster), the median over the rounds; `low` and `high`
-    bound the middle half of the rounds. `memory` is peak bytes allocated by one call.
+    bound the middle half of the rounds, and `best` is the ratio of the fastest rounds.
+    `memory` is peak bytes allocated by one call.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Timing:
     ratio: float
     low: float
     high: float
+    best: float
     memory: int | None = None
 
 
@@ -55,6 +58,14 @@ class Comparison:
 
     def __getitem__(self, name: str) -> Timing:
         return next(t for t in self.timings if t.name == name)
+
+    def gain(self, name: str) -> float:
+        """How many times faster than the first one `name` is, to decide by.
+
+        On a machine that is busy otherwise (more than 5% noise) rounds are slowed at random,
+        and the fastest ones say more than the median.
+        """
+        return self[name].ratio if self.noise <= BUSY else self[name].best
 
 
 class _Timer(Timer):
@@ -98,7 +109,7 @@ def _timing(name: str, base: Sequence[float], own: Sequence[float]) -> Timing:
     ratios = sorted(b / o for b, o in zip(base, own, strict=True))
     quarter = len(ratios) // 4
     return Timing(name, statistics.median(own), statistics.median(ratios), ratios[quarter],
-                  ratios[-1 - quarter])
+                  ratios[-1 - quarter], min(base) / min(own))
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
@@ -209,9 +220,9 @@ def compare_all(
         if memory:
             device = device_of(next(iter(models.values())), flat(args, kwargs)[0])
             weighed = tuple(
-                Timing(t.name, t.seconds, t.ratio, t.low, t.high, peak_memory(runs[t.name], device))
+                replace(t, memory=peak_memory(runs[t.name], device))
                 for t in timed.timings
             )
-            timed = Comparison(timed.mode, weighed, timed.noise, timed.rounds, timed.threads)
+            timed = replace(timed, timings=weighed)
         found.append(timed)
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, CaptureError, State, capture, model_state
+from .capture import CaptureError, State, capture, model_state
 from .report import (
     ModeReport,
     Report,
@@ -22,9 +23,10 @@ from .report import (
     option_data,
 )
 from .rewritten import Rewritten, share
-from .select import Options, Selection, select
+from .select import Cache, Options, Selection, select
 
 MOST_SIGNATURES = 8
+log = logging.getLogger(__name__)
 
 
 class OptimizedModule(nn.Module):
@@ -47,9 +49,9 @@ class OptimizedModule(nn.Module):
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, members=tuple(original.modules()), state=model_state(original),
-            rewritten=None, warned=False,
+            specialized={}, rewritten=None, warned=False,
         )
+        self._look_at_model()
 
     original: nn.Module
     options: Options
@@ -58,6 +60,7 @@ class OptimizedModule(nn.Module):
     specialized: dict[Hashable, Callable[..., Any]]
     members: tuple[nn.Module, ...]
     state: tuple[State, ...]
+    settings: tuple[Callable[[], Hashable], ...]
     rewritten: Rewritten | None
     warned: bool
 
@@ -75,53 +78,72 @@ class OptimizedModule(nn.Module):
         return run(*args, **kwargs)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
-        """Capture, rewrite, verify and measure for these inputs, in each of `modes`."""
+        """Capture, rewrite, verify and measure for these inputs, in each of `modes`.
+
+        Where that fails, for whatever reason, the original runs and the report says why. The
+        random state is left as it was.
+        """
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-        start = time.perf_counter()
-        captured, failure = self._capture(args, kwargs)
-        seconds = time.perf_counter() - start
         done: list[ModeReport] = []
+        failure, start = None, time.perf_counter()
+        self._look_at_model()
         for mode in modes:
             with torch.set_grad_enabled(mode == "training"):
-                key = self._signature(leaves, spec)
-            if captured is None:
-                self.specialized[key] = self.original
-                continue
-            with torch.enable_grad():
-                selection = select(
-                    self.original, captured, args, kwargs, self.options, mode, self.progress
-                )
-            self.specialized[key] = selection.module
-            if selection.rewritten is not None:
-                vars(self)["rewritten"] = selection.rewritten
-            done.append(mode_report(selection))
+                self.specialized[self._signature(leaves, spec)] = self.original
+        try:
+            with torch.random.fork_rng(), torch.enable_grad():
+                self.progress("capturing")
+                captured = capture(self.original, args, kwargs)
+                seconds = time.perf_counter() - start
+                cache: Cache = {}
+                for mode in modes:
+                    selection = select(self.original, captured, args, kwargs, self.options, mode,
+                                       self.progress, cache)
+                    with torch.set_grad_enabled(mode == "training"):
+                        self.specialized[self._signature(leaves, spec)] = selection.module
+                    if selection.rewritten is not None:
+                        vars(self)["rewritten"] = selection.rewritten
+                    done.append(mode_report(selection))
+        except CaptureError as error:
+            failure = str(error)
+        except Exception as error:
+            log.exception("looplift failed on %s; the original runs", type(self.original).__name__)
+            failure = f"internal error, {type(error).__name__}: {error}"
+        if failure is not None:
+            seconds = time.perf_counter() - start
         self.report.signatures.append(SignatureReport(
             described_inputs(leaves), self.original.training, seconds, failure, tuple(done)
         ))
 
-    def _capture(
-        self, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Capture | None, str | None]:
-        self.progress("capturing")
-        try:
-            with torch.enable_grad():
-                return capture(self.original, args, kwargs), None
-        except CaptureError as error:
-            return None, str(error)
+    def _look_at_model(self) -> None:
+        """Note the model's modules, tensors and settings, which make part of every signature."""
+        vars(self).update(
+            members=tuple(self.original.modules()), state=model_state(self.original),
+        )
+        vars(self)["settings"] = tuple(_settings(m) for m in self.members)
 
     def _signature(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
+        if tuple(self.original.modules()) != self.members:
+            self._look_at_model()
+        try:
+            return self._key(leaves, spec)
+        except (AttributeError, KeyError):  # a tensor or setting is gone
+            self._look_at_model()
+            return self._key(leaves, spec)
+
+    def _key(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
         inputs = tuple(
             (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
             else (type(leaf), _hashable(leaf))
             for leaf in leaves
         )
         state = tuple((t.shape, t.dtype, t.device) for t in (s.get() for s in self.state))
-        modes = tuple(m.training for m in self.members)
+        settings = tuple(read() for read in self.settings)
         autocast = tuple(
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", "cuda")
         )
-        return (spec, inputs, state, modes, torch.is_grad_enabled(), autocast)
+        return (spec, inputs, state, settings, torch.is_grad_enabled(), autocast)
 
     def _warn_once(self) -> None:
         if not self.warned:
@@ -147,6 +169,10 @@ class OptimizedModule(nn.Module):
         vars(self)["training"] = mode
         return self
 
+    def __setattr__(self, name: str, held: Any) -> None:
+        """Set on the model: what forward reads is the original's."""
+        setattr(self.original, name, held)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -161,6 +187,21 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         return (OptimizedModule, (self.original, self.options))
+
+
+def _settings(module: nn.Module) -> Callable[[], Hashable]:
+    """Reads what forward may depend on besides tensors: numbers, texts, and which hooks exist."""
+    held = vars(module)
+    names = [n for n, x in held.items() if isinstance(x, (bool, int, float, str, type(None)))]
+    lists = [n for n, x in held.items() if isinstance(x, (list, tuple)) and not n.startswith("_")]
+
+    def read() -> Hashable:
+        return (
+            *(held[n] for n in names), *(tuple(map(_hashable, held[n])) for n in lists), len(held),
+            len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
+        )
+
+    return read
 
 
 def _hashable(leaf: Any) -> Hashable:

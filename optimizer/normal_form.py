@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .builder import Builder, fake_result, output_node, placeholders
+from .builder import Builder, fake_result, placeholders
 from .facts import (
     aten,
     is_op,
@@ -108,20 +108,29 @@ def remove_dead(graph_module: GraphModule) -> None:
 
 
 def sink_reads(graph_module: GraphModule) -> None:
-    """Give each reader of a `select` or `slice` its own, right before it."""
+    """Give each argument that is a `select` or `slice` its own, right before its reader.
+
+    They stand in the order of the arguments, so that it is the same in every step of a loop,
+    whichever reads were written first or shared.
+    """
     graph = graph_module.graph
-    end = output_node(graph_module)
-    for node in reversed(list(graph.nodes)):
-        if not is_op(node, *READS):
+    for user in list(graph.nodes):
+        if user.op != "call_function" or is_op(user, *READS):
             continue
-        for user in list(node.users):
-            if user is end or (user.prev is node and len(node.users) == 1):
-                continue
+
+        def own(node: Node, user: Node = user) -> Node:
+            if not is_op(node, *READS):
+                return node
+            source = own(cast(Node, node.args[0]))
             with graph.inserting_before(user):
-                own = graph.node_copy(node)
-            own.meta = dict(node.meta)
-            user.replace_input_with(node, own)
-        if not node.users:
+                copied = graph.create_node(node.op, node.target, (source, *node.args[1:]), {})
+            copied.meta = dict(node.meta)
+            return copied
+
+        user.args = torch.fx.node.map_arg(user.args, own)
+        user.kwargs = torch.fx.node.map_arg(user.kwargs, own)
+    for node in reversed(list(graph.nodes)):
+        if is_op(node, *READS) and not node.users:
             graph.erase_node(node)
 
 
@@ -275,6 +284,22 @@ def _transpose(node: Node, build: Builder) -> Node | None:
     return build.call(aten.permute.default, source, order)
 
 
+def _cat(node: Node, build: Builder) -> Node | None:
+    """`cat([cat([a, b]), c])` as one, also what starts from an empty tensor and grows."""
+    axis = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+    rank = len(shape(node))
+    axis %= max(rank, 1)
+    parts: list[Node] = []
+    for part in cast(list[Node], node.args[0]):
+        if is_op(part, aten.cat.default) and part.args[1:] == (axis,) and len(part.users) == 1:
+            parts += cast(list[Node], part.args[0])
+        elif shape(part) != (0,) or rank == 1:
+            parts.append(part)
+    parts = [p for p in parts if shape(p)[axis] > 0] or parts
+    node.args, node.kwargs = (parts, axis), {}
+    return None
+
+
 def _t(node: Node, build: Builder) -> Node | None:
     source = cast(Node, node.args[0])
     if len(shape(source)) < 2:
@@ -299,6 +324,7 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _t,
+    aten.cat.default: _cat,
     aten.expand.default: _same_if(_keeps_shape),
     aten.alias.default: _same_if(lambda node: True),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from .apply import apply, merge_equal, restore, visible
+from .apply import apply, merge_equal, restore
 from .capture import Capture
 from .facts import Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
@@ -49,7 +49,6 @@ def run_passes(
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
     graph_module = GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
     outcome = Outcome(graph_module)
-    before = visible(graph_module)
     for one in passes:
         done: set[GraphModule] = set()
         while todo := [g for g in all_graphs(graph_module) if g not in done]:
@@ -57,7 +56,7 @@ def run_passes(
             done.add(graph)
             _run_pass(one, graph, captured, excluded, allow_approximate, outcome)
     merge_equal(graph_module)
-    restore(graph_module, before, captured.fake_mode)
+    restore(graph_module, captured.seen, captured.fake_mode)
     return outcome
 
 
@@ -67,23 +66,24 @@ def _run_pass(
 ) -> None:
     failed: set[tuple[str, str]] = set()
     for _ in range(MOST_ROUNDS):
-        rewrites = []
+        rewrites: list[Rewrite] = []
+        skips: list[Skip] = []
         for proposal in list(one.propose(Facts(graph))):
             if isinstance(proposal, Skip):
-                if proposal not in outcome.skips:
-                    outcome.skips.append(proposal)
-            elif (proposal.at.name, proposal.summary) in failed or proposal.group in excluded:
+                skips.append(proposal)
+            elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:
                 continue
             elif proposal.approximate and not allow_approximate:
                 reason = f"{proposal.summary}: approximations are not allowed"
-                outcome.skips.append(Skip(one.name, reason, proposal.line))
+                skips.append(Skip(one.name, reason, proposal.line))
             else:
                 rewrites.append(proposal)
         if not rewrites:
+            outcome.skips += [s for s in skips if s not in outcome.skips]
             return
         errors = apply(graph, rewrites, captured.fake_mode)
         for rewrite, error in errors.items():
-            failed.add((rewrite.at.name, rewrite.summary))
+            failed.add((rewrite.at.name, str(rewrite.line)))
             reason = f"{rewrite.summary}: could not be built ({type(error).__name__}: {error})"
             outcome.skips.append(Skip(one.name, reason, rewrite.line))
         outcome.applied += [_applied(r) for r in rewrites if r not in errors]

@@ -45,7 +45,7 @@ class Rewritten(nn.Module):
         inputs = [leaves[i] for i in captured.tensor_inputs]
         tensors = [*state, *inputs]
         if not captured.written:
-            return pytree.tree_unflatten(self.run(*tensors), captured.output_spec)
+            return self._returned(self.run(*tensors))
         given = list(tensors)
         if torch.is_grad_enabled():
             for place in captured.written:  # autograd may save what is about to be overwritten
@@ -55,7 +55,12 @@ class Rewritten(nn.Module):
         write_back(tensors, captured, results[captured.outputs :])
         for position, source in captured.same_as.items():
             outputs[position] = tensors[source]
-        return pytree.tree_unflatten(outputs, captured.output_spec)
+        return self._returned(outputs)
+
+    def _returned(self, outputs: list[Any]) -> Any:
+        for position, constant in self.captured.constants.items():
+            outputs[position] = constant
+        return pytree.tree_unflatten(outputs, self.captured.output_spec)
 
 
 def write_back(tensors: list[Tensor], captured: Capture, values: list[Tensor]) -> None:

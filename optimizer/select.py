@@ -12,7 +12,7 @@ from torch import nn
 from .behaviour import observe
 from .capture import Capture, model_state, swapped
 from .cases import copied, flat
-from .measure import Comparison, Timing, call, device_of, interleaved, peak_memory
+from .measure import BUSY, Comparison, Timing, call, device_of, interleaved, peak_memory
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
@@ -74,24 +74,28 @@ class Selection:
     seconds: float = 0.0
 
 
+Cache = dict[frozenset[Group], Outcome]
 Progress = Callable[[str], None]
 
 
 def select(
     model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-    options: Options, mode: str, progress: Progress,
+    options: Options, mode: str, progress: Progress, cache: Cache,
 ) -> Selection:
-    """Rewrite, verify, measure and choose, for `mode` "inference" or "training"."""
-    return _Selecting(model, captured, args, kwargs, options, mode, progress).run()
+    """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
+
+    `cache` keeps rewritten graphs, by what was left out, for the other mode.
+    """
+    return _Selecting(model, captured, args, kwargs, options, mode, progress, cache).run()
 
 
 class _Selecting:
     def __init__(
         self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-        options: Options, mode: str, progress: Progress,
+        options: Options, mode: str, progress: Progress, cache: Cache,
     ) -> None:
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
-        self.options, self.mode, self.progress = options, mode, progress
+        self.options, self.mode, self.progress, self.cache = options, mode, progress, cache
         self.excluded: frozenset[Group] = frozenset()
         self.declined: list[Declined] = []
         self.worth: dict[Group, float] = {}
@@ -138,10 +142,13 @@ class _Selecting:
                          seconds=time.perf_counter() - start)
 
     def _rewrite(self, also: frozenset[Group] = frozenset()) -> Outcome:
-        return run_passes(
-            self.captured, self.options.passes, excluded=self.excluded | also,
-            allow_approximate=self.options.allow_approximate,
-        )
+        excluded = self.excluded | also
+        if excluded not in self.cache:
+            self.cache[excluded] = run_passes(
+                self.captured, self.options.passes, excluded=excluded,
+                allow_approximate=self.options.allow_approximate,
+            )
+        return self.cache[excluded]
 
     def _module(self, outcome: Outcome) -> Rewritten:
         return Rewritten(self.model, self.captured, outcome.graph_module)
@@ -200,9 +207,9 @@ class _Selecting:
         timed = self._timed(self._modules(variants), rounds=5)
         losers = []
         for name, groups in bundles.items():
-            worth = 1 / timed[name].ratio  # ratios are to the first variant, all rewrites
+            worth = 1 / timed.gain(name)  # ratios are to the first variant, all rewrites
             self.worth |= dict.fromkeys(groups, worth)
-            if worth < 1 - max(timed.noise, 0.02):
+            if worth < 1 - max(min(timed.noise, BUSY), 0.02):
                 losers.append(name)
                 self._decline(groups, f"loses: the model is {1 / worth:.2f}x faster without it")
         if losers:
@@ -238,9 +245,9 @@ class _Selecting:
             if isinstance(verdict, Differs):
                 outcome = Outcome(outcome.graph_module)
         if outcome.applied and comparison is not None:
-            ours = comparison["looplift"]
-            if ours.ratio < 1 + max(comparison.noise, 0.01):
-                reason = f"no gain: {ours.ratio:.2f}x naive in the whole model"
+            gain = comparison.gain("looplift")
+            if gain < 1 + max(min(comparison.noise, BUSY), 0.01):
+                reason = f"no gain: {gain:.2f}x naive in the whole model"
                 self._decline(outcome.groups, reason)
                 outcome = Outcome(outcome.graph_module)
         return outcome, verdict, comparison

@@ -269,7 +269,7 @@ def relative(want: Tensor, got: Tensor, scale: float = 0.0) -> float:
     wide = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
     one, other = want.to(wide), got.to(wide)
     finite = torch.isfinite(one) & torch.isfinite(other)
-    if not bool((torch.isfinite(one) == torch.isfinite(other)).all()):
+    if bool((torch.isfinite(one) & ~torch.isfinite(other)).any()):
         return float("inf")
     if not bool(finite.any()):
         return 0.0
@@ -360,10 +360,5 @@ def _in_double(double: bool) -> Iterator[None]:
     if not double:
         yield
         return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Doubling(), torch.autocast("cpu", enabled=False):  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with _Doubling(), torch.autocast("cpu", enabled=False):  # type: ignore[no-untyped-call]
+        yield

@@ -29,14 +29,17 @@ from torch.utils import _pytree as pytree
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import Facts, Line, aten, is_op, is_tensor, is_view, source_line
-from ..optimizer.fold import Loop, Misfit, Stretch, build_scan, fold
+from ..optimizer.fold import WITH_TENSOR, Loop, Misfit, Stretch, build_scan, fold
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
 
 PLACED = (
     aten.select.int, aten.slice.Tensor, aten.select_scatter.default, aten.slice_scatter.default,
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
+    *WITH_TENSOR,
 )  # operations whose numbers may differ from trip to trip
+
+
+MOST_CUTS = 4
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,38 @@ class RerollLoops:
             span = range(repeat.start, repeat.stop)
             if any(span.start < t.stop and t.start < span.stop for t in taken):
                 continue
-            run = best_cut(operations, repeat)
+            runs = best_cuts(operations, repeat)
+            run = runs[0]
             if all(is_view(n) for n in run[: repeat.period]):
                 continue
             line = first_line(run)
-            try:
-                loop = fold(run, repeat.period)
-            except Misfit as misfit:
-                if worth_telling(run, repeat.period):
-                    reason = f"a loop of {repeat.trips} trips: {misfit.reason}"
-                    yield Skip(self.name, reason, source_line(misfit.node) or line)
-                continue
-            taken.append(span)
-            yield self._rewrite(loop, line)
+            found = self._fold(runs, repeat.period)
+            if isinstance(found, Loop):
+                taken.append(span)
+                yield self._rewrite(found, line)
+            elif worth_telling(run, repeat.period):
+                reason = f"a loop of {repeat.trips} trips: {found.reason}"
+                yield Skip(self.name, reason, source_line(found.node) or line)
         yield from self._collections(facts)
+
+    def _fold(self, runs: Sequence[Sequence[Node]], period: int) -> Loop | Misfit:
+        """The loop that a run is, cut one way or another: all of it, or without a first or last
+        trip that looks alike but is not, or with several of its periods to a trip, as in
+        `f if t % 2 else g`."""
+        run = runs[0]
+        tries = [(r, period) for r in runs]
+        tries += [(run[period:], period), (run[:-period], period)]
+        tries += [(run[: len(run) // (k * period) * k * period], k * period) for k in (2, 3, 4)]
+        first: Misfit | None = None
+        for part, long in tries:
+            if len(part) < self.least_trips * long:
+                continue
+            try:
+                return fold(part, long)
+            except Misfit as misfit:
+                first = first or misfit
+        assert first is not None
+        return first
 
     def _rewrite(self, loop: Loop, line: Line | None) -> Rewrite:
         operations = loop.stretch.operations
@@ -122,14 +143,15 @@ def _leaf(leaf: Any, placed: bool) -> Any:
     return (type(leaf).__name__, str(leaf))
 
 
-def best_cut(operations: Sequence[Node], repeat: Repeat) -> Sequence[Node]:
-    """The repeat's whole trips, cut where the fewest values cross from trip to trip."""
+def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]]:
+    """The repeat's whole trips, cut first where the fewest values cross from trip to trip."""
     spare = repeat.length - repeat.trips * repeat.period
     whole = repeat.trips * repeat.period
     stretch = Stretch(operations[repeat.start : repeat.start + whole], repeat.period)
     crossings = stretch.crossings()
-    cut = min(range(min(spare, repeat.period - 1) + 1), key=lambda place: (crossings[place], place))
-    return operations[repeat.start + cut : repeat.start + cut + whole]
+    places = range(min(spare, repeat.period - 1) + 1)
+    cuts = sorted(places, key=lambda place: (crossings[place], place))[:MOST_CUTS]
+    return [operations[repeat.start + c : repeat.start + c + whole] for c in cuts]
 
 
 def first_line(run: Sequence[Node]) -> Line | None:

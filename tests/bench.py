@@ -64,7 +64,7 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
     """One row's data; run in its own process."""
     import looplift
     import torch
-    from looplift.optimizer.measure import compare_all, keep_freed_memory
+    from looplift.optimizer.measure import call, compare_all, keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
@@ -86,8 +86,7 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
         for name, model in compiled.items():
             start = time.perf_counter()
             for mode in modes:
-                with torch.set_grad_enabled(mode == "training"):  # type: ignore[no-untyped-call]
-                    model(*inputs)
+                call(model, inputs, {}, mode == "training")()
             data[f"{name} seconds"] = time.perf_counter() - start
         models |= compiled
     for mode in modes:

@@ -14,11 +14,16 @@ from looplift.models import (
     hyper_connections,
     vision_transformer,
 )
+from looplift.optimizer.capture import CaptureError
 from torch import Tensor, nn
 from torch.nn import functional
 
 Run = Callable[..., Any]
 State = dict[str, Any]
+
+
+def known_bug(reason: str, *raises: type[Exception]) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason, raises=raises or AssertionError)
 
 
 class Program(nn.Module):
@@ -267,7 +272,8 @@ WRONG = [
     Pair("an exception swallowed", refuse(ValueError), lambda m, x: x * 2, X, "exceptions"),
     Pair("an exception added", lambda m, x: x * 2, refuse(ValueError), X, "exceptions"),
     Pair("another exception", refuse(ValueError), refuse(KeyError), X, "exceptions"),
-    # accuracy
+]
+LESS_ACCURATE = [
     Pair("a sum in float16", lambda m, x: x.sum(0), lambda m, x: x.half().sum(0).float(), STEPS,
          "the accuracy of output 0"),
     Pair("a product in bfloat16", lambda m, x: x @ m.weight,
@@ -280,6 +286,16 @@ WRONG = [
 
 @parametrized(WRONG)
 def test_wrong_programs_differ(pair: Pair) -> None:
+    differs(pair)
+
+
+@known_bug("a `Differs` is falsy, so `self._inaccurate() or self._equal(modes)` drops it")
+@parametrized(LESS_ACCURATE)
+def test_less_accurate_programs_differ(pair: Pair) -> None:
+    differs(pair)
+
+
+def differs(pair: Pair) -> None:
     verdict = pair.verify()
     assert isinstance(verdict, Differs)
     assert verdict.what == pair.expected
@@ -584,10 +600,6 @@ def test_default_dtype_is_restored_also_after_an_exception() -> None:
 # Known holes
 
 
-def known_bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @known_bug("verify seeds the global generator, so whoever calls it draws the same numbers again")
 def test_the_random_state_is_left_alone() -> None:
     torch.manual_seed(7)
@@ -596,7 +608,8 @@ def test_the_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@known_bug("`swapped` raises CaptureError: nn.RNNBase notes its weights in `_flat_weight_refs`")
+@known_bug("`swapped` raises CaptureError: nn.RNNBase notes its weights in `_flat_weight_refs`",
+           CaptureError)
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_torchs_own_recurrent_layers_can_be_verified(kind: Callable[[int, int], nn.Module]) -> None:
     assert verify(kind(3, 4), kind(3, 4), (random(5, 2, 3),))
@@ -608,7 +621,7 @@ def remembers(m: Any, x: Tensor) -> Tensor:
     return result
 
 
-@known_bug("`swapped` raises CaptureError, which only capture has a reason for")
+@known_bug("`swapped` raises CaptureError, which only capture has a reason for", CaptureError)
 def test_models_that_assign_attributes_can_be_verified() -> None:
     assert Pair("", remembers, remembers, X, "").verify()
 
@@ -659,6 +672,11 @@ UNCAUGHT = [
         marks=known_bug("differences count relative to a thousandth of the largest output"),
     ),
     pytest.param(
+        Pair("inputs of equal shape exchanged", lambda m, x, y: x - 2 * y,
+             lambda m, x, y: y - 2 * x, (*INTEGERS, *INTEGERS), ""),
+        marks=known_bug("all inputs are drawn with one seed: equal shapes, equal numbers"),
+    ),
+    pytest.param(
         Pair("another sign of a complex Inf", lambda m, x: x * complex("inf"),
              lambda m, x: x * -complex("inf"), (torch.ones(3, dtype=torch.complex64),), ""),
         marks=known_bug("signs of Inf are compared for real tensors only"),
@@ -703,6 +721,6 @@ def test_the_errors_told_keep_the_rule_of_four() -> None:
         assert verdict.error <= 4 * max(verdict.naive_error, 16 * torch.finfo(torch.float32).eps)
 
 
-@known_bug("torch.equal and std have no sparse kernels; NotImplementedError comes out of verify")
+@known_bug("torch.equal and std have no sparse kernels", NotImplementedError)
 def test_sparse_tensors() -> None:
     assert Pair("", lambda m, x: x.to_sparse(), lambda m, x: x.to_sparse(), X, "").verify()

@@ -1,0 +1,271 @@
+"""Loops are found with their trip count, folded, and refused for the right reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import looplift
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from looplift.passes.reroll_loops import RerollLoops
+from torch import Tensor, nn
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Model(nn.Module):
+    """A forward given as a function, with two linears, a vector and a dropout to use."""
+
+    def __init__(self, forward: Forward, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+        self.decay = nn.Parameter(torch.rand(width))
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(width)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def recurrence(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros(x.shape[0], x.shape[2]), []
+    for t in range(x.shape[1]):
+        h = m.decay * h + m.a(x[:, t])
+        outputs.append(m.b(h))
+    return torch.stack(outputs, 1)
+
+
+def test_fires(run: Any, golden: Any) -> None:
+    outcome = run(Model(recurrence), (torch.randn(2, 6, 4),), [RerollLoops()])
+    assert [a.summary for a in outcome.applied] == [
+        "6 × 4 operations → one scan", "6 results → one permute",
+    ]
+    assert str(outcome.applied[0].line).startswith("test_reroll_loops.py:")
+    body = outcome.graph_module.get_submodule("body")
+    assert [n.name for n in body.graph.nodes if n.op == "placeholder"][:2] == ["carry_0", "slice_0"]
+
+
+def reversed_reads(m: Any, x: Tensor) -> Tensor:
+    h = x[:, -1]
+    outputs: list[Tensor] = []
+    for t in range(x.shape[1] - 2, -1, -1):
+        h = torch.tanh(m.decay * h + m.a(x[:, t]))
+        outputs.insert(0, h)
+    return torch.stack(outputs, 1)
+
+
+def shifted_reads(m: Any, x: Tensor) -> Tensor:
+    return torch.cat([m.a(x[:, t] - x[:, t - 1]) for t in range(1, x.shape[1])], 0)
+
+
+def windows(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, t : t + 3]).sum(1) for t in range(0, x.shape[1] - 2, 2)], 1)
+
+
+def iteration(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(step) for step in x.unbind(1)], -1)
+
+
+def writes_every_step(m: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for t in range(x.shape[1]):
+        out[:, t] = m.a(x[:, t])
+    return out
+
+
+def writes_some(m: Any, x: Tensor) -> Tensor:
+    out = torch.ones(x.shape[0], 2 * x.shape[1] + 1, x.shape[2])
+    for t in range(x.shape[1]):
+        out[:, 2 * t + 1] = m.a(x[:, t])
+    return out
+
+
+def writes_with_gaps(m: Any, x: Tensor) -> Tensor:
+    out = torch.ones(x.shape[0], 3 * x.shape[1], x.shape[2])
+    for t in range(x.shape[1]):
+        out[:, 3 * t : 3 * t + 2] = m.a(x[:, t : t + 1])
+    return out
+
+
+def adds_into_slices(m: Any, x: Tensor) -> Tensor:
+    out = x.clone()
+    for t in range(x.shape[1]):
+        out[:, t] += m.a(x[:, t])
+    return out
+
+
+def two_steps_back(m: Any, x: Tensor) -> Tensor:
+    before, now = x[:, 0], x[:, 1]
+    outputs: list[Tensor] = []
+    for t in range(2, x.shape[1]):
+        before, now = now, 0.5 * before + m.decay * now + x[:, t]
+        outputs.append(now)
+    return torch.stack(outputs)
+
+
+def first_step_peeled(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h, outputs = None, []
+    for t in range(x.shape[1]):
+        update = m.a(x[:, t])
+        h = update if h is None else m.decay * h + update
+        outputs.append(h.sum(-1))
+    assert h is not None
+    return torch.stack(outputs, -1), h
+
+
+def schedule(m: Any, x: Tensor) -> Tensor:
+    for step in range(6):
+        x = x + 0.5**step * torch.sin(x * step)
+    return x
+
+
+def tables(m: Any, x: Tensor) -> Tensor:
+    total = torch.tensor(0.0)
+    for t in range(x.shape[1]):
+        total = total * 0.5 + x[:, t].sum() * torch.tensor(0.1 * t)
+    return total
+
+
+def alternating(m: Any, x: Tensor) -> Tensor:
+    outputs = []
+    for t in range(x.shape[1]):
+        outputs.append(torch.relu(m.a(x[:, t])) if t % 2 else m.b(x[:, t]).sigmoid())
+    return torch.stack(outputs, 1)
+
+
+def rows_and_columns(m: Any, x: Tensor) -> Tensor:
+    patches = [x[:, i : i + 2, j : j + 2].sum((1, 2)) * m.decay[0]
+               for i in range(0, x.shape[1] - 1, 2) for j in range(0, x.shape[2] - 1, 2)]
+    return torch.stack(patches, 1)
+
+
+def rows_of_columns(m: Any, x: Tensor) -> Tensor:
+    rows = []
+    for i in range(x.shape[1]):
+        rows.append(torch.stack([x[:, i, j] * m.decay[0] + 1 for j in range(x.shape[2])], 1))
+    return torch.stack(rows, 1)
+
+
+LOOPS: dict[str, tuple[Forward, int]] = {  # the loop, and its trips on 7 steps
+    "recurrence": (recurrence, 7), "reversed": (reversed_reads, 6), "shifted": (shifted_reads, 6),
+    "windows": (windows, 3), "iteration": (iteration, 7), "writes": (writes_every_step, 7),
+    "writes some": (writes_some, 7), "gaps": (writes_with_gaps, 7), "adds": (adds_into_slices, 7),
+    "two back": (two_steps_back, 4), "peeled": (first_step_peeled, 6), "schedule": (schedule, 6),
+    "tables": (tables, 7), "alternating": (alternating, 3), "grid": (rows_and_columns, 6),
+    "nested": (rows_of_columns, 7),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_loop_is_folded_with_its_trips(name: str, run: Any) -> None:
+    forward, trips = LOOPS[name]
+    x = torch.randn(3, 7, 4)
+    outcome = run(Model(forward), (x,), [RerollLoops()])
+    scans = [a.summary for a in outcome.applied if "scan" in a.summary]
+    assert any(s.startswith(f"{trips} ×") for s in scans), (scans, outcome.skips)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@settings(max_examples=4, deadline=None)
+@given(sizes=st.tuples(st.sampled_from([0, 1, 2, 3, 5]), st.sampled_from([1, 2, 3, 4, 5, 7]),
+                       st.sampled_from([1, 2, 3, 5])))
+def test_same_values_and_gradients(name: str, sizes: tuple[int, int, int]) -> None:
+    forward, _ = LOOPS[name]
+    batch, steps, width = sizes
+    if steps < 3 and forward in (two_steps_back, windows, shifted_reads, reversed_reads):
+        return
+    if forward in (rows_and_columns, rows_of_columns) and min(steps, width) < 2:
+        return
+    torch.manual_seed(steps)
+    x = torch.randn(batch, steps, width)
+    fast = looplift.apply_passes(Model(forward, width), (x,), measure=False)
+    reasons = [d["reason"] for d in fast.report.to_dict()["declined"]]
+    assert not [r for r in reasons if "differs" in r or "could not" in r], reasons
+
+
+def test_keeps_the_contract(keeps_contract: Any) -> None:
+    for forward in (recurrence, writes_every_step, writes_with_gaps, iteration):
+        keeps_contract(Model(forward), (torch.randn(3, 5, 4),))
+
+
+def test_is_idempotent(run: Any) -> None:
+    outcome = run(Model(recurrence), (torch.randn(2, 6, 4),), [RerollLoops(), RerollLoops()])
+    assert len(outcome.applied) == 2
+
+
+def dropout(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.dropout(m.a(x[:, t])) for t in range(x.shape[1])], 1)
+
+
+def own_parameters(m: Any, x: Tensor) -> Tensor:
+    for linear in (m.a, m.b, m.a, m.b, m.b):
+        x = torch.relu(linear(x))
+    return x
+
+
+def growing_start(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros(1, x.shape[2], dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        h = (m.decay * h + x[:, t]).double()
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def autocast_inside(m: Any, x: Tensor) -> Tensor:
+    outputs = []
+    for t in range(x.shape[1]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(torch.relu(m.a(x[:, t])))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize(("forward", "reason"), [
+    (dropout, "a random operation runs in every trip"),
+    (own_parameters, "each trip uses parameters of its own"),
+])
+def test_skips(forward: Forward, reason: str, run: Any) -> None:
+    outcome = run(Model(forward), (torch.randn(3, 6, 4),), [RerollLoops()])
+    assert not [a for a in outcome.applied if "scan" in a.summary]
+    found = [s for s in outcome.skips if reason in s.reason]
+    assert found, [s.reason for s in outcome.skips]
+    assert found[0].line is not None
+
+
+def test_leaves_autocast_regions_alone(run: Any) -> None:
+    outcome = run(Model(autocast_inside), (torch.randn(3, 6, 4),))
+    assert outcome.applied == []
+
+
+def test_a_start_of_another_shape_is_a_peeled_first_trip(equal: Any) -> None:
+    fast = equal(Model(growing_start), (torch.randn(3, 6, 4),))
+    assert "5 ×" in fast.report.to_dict()["rewrites"][0]["summary"]
+
+
+def test_a_buffer_read_where_earlier_steps_wrote_is_a_carry(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], x.shape[1] + 1, x.shape[2])
+        for t in range(x.shape[1]):
+            out[:, t + 1] = torch.tanh(out[:, t].clone() * 0.5 + x[:, t])
+        return out
+
+    fast = equal(Model(forward), (torch.randn(3, 6, 4),))
+    assert "for carry" not in fast.code
+    assert "for slice_0 in" in fast.code
+
+
+def test_fifty_thousand_operations_take_seconds() -> None:
+    import time
+
+    from looplift.optimizer.repeats import repeats
+
+    tokens = [*range(100), *([*range(100, 120)] * 2500), *range(200, 300)]
+    start = time.perf_counter()
+    found = repeats(tokens)
+    assert found[0].period == 20
+    assert found[0].trips == 2500
+    assert time.perf_counter() - start < 10
