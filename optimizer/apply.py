@@ -73,9 +73,18 @@ def tidy(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     merge_equal(graph_module)
     sink_reads(graph_module)
     propagate(graph_module, mode)
-    graph_module.delete_all_unused_submodules()
+    remove_unused_bodies(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def remove_unused_bodies(graph_module: GraphModule) -> None:
+    """Drop the bodies that no scan runs any more. (torch's own method would also drop the
+    bodies inside the bodies that are used.)"""
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    for name, _ in list(graph_module.named_children()):
+        if name not in used:
+            delattr(graph_module, name)
 
 
 def merge_equal(graph_module: GraphModule) -> None:

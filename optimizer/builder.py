@@ -48,6 +48,9 @@ class Builder:
     def attribute(self, name: str, held: Any) -> Node:
         """A `get_attr` node for `held`, registered under a fresh name that starts with `name`."""
         fresh, count = name, 0
+        if isinstance(held, GraphModule) and (same := self._same_body(held)) is not None:
+            with self.graph_module.graph.inserting_before(self.at):
+                return self.graph_module.graph.get_attr(same)
         while hasattr(self.graph_module, fresh):
             count += 1
             fresh = f"{name}_{count}"
@@ -62,6 +65,14 @@ class Builder:
             with self.mode:
                 node.meta["val"] = self.mode.from_tensor(held, static_shapes=True)
         return node
+
+    def _same_body(self, body: GraphModule) -> str | None:
+        """The name of a body that is the same, operation for operation."""
+        wanted = structure(body)
+        for name, held in self.graph_module.named_children():
+            if isinstance(held, GraphModule) and structure(held) == wanted:
+                return name
+        return None
 
     def table(self, numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Node:
         """A constant 1-d tensor."""
@@ -140,6 +151,26 @@ def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:
     with mode, torch.no_grad():
         stacked = [r.new_empty((steps, *r.shape)) for r in results[held:]]
         return tuple([r.new_empty(r.shape) for r in results[:held]] + stacked)
+
+
+def structure(graph_module: GraphModule) -> tuple[Any, ...]:
+    """What a graph computes, without its nodes' names: equal for graphs that are the same."""
+    numbers: dict[Node, str] = {}
+    lines = []
+    for number, node in enumerate(graph_module.graph.nodes):
+        numbers[node] = f"%{number}"
+        args = torch.fx.node.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)
+        target = node.target if node.op == "call_function" else ""
+        held: Any = node.meta.get("val")
+        if node.op == "get_attr":
+            found = getattr(graph_module, str(node.target))
+            held = structure(found) if isinstance(found, GraphModule) else id(found)
+        elif isinstance(held, Tensor):
+            held = (tuple(held.shape), held.dtype)
+        else:
+            held = None
+        lines.append((node.op, target, repr(args), held))
+    return tuple(lines)
 
 
 def output_node(graph_module: GraphModule) -> Node:

@@ -136,6 +136,9 @@ class Distribution:
         self.known.update(zip(parts.invariants, outer, strict=True))
         for head, source in zip(parts.slices, sources, strict=True):
             self.known[head] = Lane(source, 0)
+        for node in parts.body.graph.nodes:
+            if node.op == "get_attr" and is_tensor(node):
+                self.known[node] = build_constant(self.build, parts.body, node)
         for unit in self._units():
             self._unit(unit)
         return [self.finals[k] for k in range(len(parts.carries))] + [
@@ -196,7 +199,9 @@ class Distribution:
                 self.known[unit] = outcome
 
     def _varies(self, node: Node) -> bool:
-        return not isinstance(self.known[node], Node)
+        """Whether `node` may differ from step to step (the body of an inner scan never does)."""
+        is_body = node.op == "get_attr" and not is_tensor(node)
+        return not is_body and not isinstance(self.known[node], Node)
 
     def _invariant(self, node: Node) -> None:
         if is_scan(node):
@@ -245,7 +250,7 @@ class Distribution:
         ]
         nexts = [parts.nexts[k] for k in carries]
         outside += [n for n in nexts if n not in operations and n not in inner and n not in outside]
-        bodies = [n for n in outside if n.op == "get_attr"]
+        bodies = [n for n in outside if n.op == "get_attr" and not is_tensor(n)]
         lanes = [n for n in outside if n not in bodies and self._varies(n)]
         fixed = [n for n in outside if n not in bodies and not self._varies(n)]
         for i, node in enumerate(lanes):
@@ -300,6 +305,11 @@ class Distribution:
         return {
             self.parts.carries[k] for n in numbers if n is not None for k in self.parts.cycles[n]
         }
+
+
+def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:
+    """A constant tensor of a body, in the graph around it."""
+    return build.attribute(str(node.target), getattr(body, str(node.target)))
 
 
 def preferred_axis(scan: Node) -> int:

@@ -136,6 +136,8 @@ class _Source:
     def _loop(self, node: Node, indent: str) -> None:
         """A lowered scan as a `for` loop over unbound slices."""
         body = body_of(node)
+        for inner in body.graph.nodes:  # scans may share a body; each loop has names of its own
+            self.names.pop(inner, None)
         carries, slices, fixed = (cast(list[Node], node.args[i]) for i in (1, 2, 3))
         heads = placeholders(body)
         held, read = len(carries), len(slices)

@@ -189,6 +189,8 @@ def fold(operations: Sequence[Node], period: int) -> Loop:
     for place in range(period):
         column = stretch.column(place)
         used = [i for i, n in enumerate(column) if any(u not in stretch.place for u in n.users)]
+        if used and not is_tensor(column[0]):
+            raise Misfit("a tuple made in the loop is taken apart outside it", column[used[-1]])
         if used:
             loop.outside[place] = used
     for place in range(period):
@@ -345,7 +347,7 @@ class _Assembly:
 
     def __init__(self, loop: Loop, build: Builder) -> None:
         self.loop, self.build = loop, build
-        self.graph = Graph()
+        self.graph, self.holder = Graph(), torch.nn.Module()
         self.heads: dict[str, list[tuple[Any, Node]]] = {"carry": [], "slice": [], "invariant": []}
         self.carries: dict[tuple[int, tuple[Node, ...]], Node] = {}
         self.known: dict[Any, Node] = {}
@@ -455,10 +457,20 @@ class _Assembly:
                 return self.made[place]
             case Carried(place, start):
                 return self._carry(place, start)
+            case Invariant(outer) if not is_tensor(outer):
+                return self._inner_body(outer)
             case Invariant(outer):
                 return self._head("invariant", outer, value(outer), outer)
             case Varying(items):
                 return self._table(node, items)
+
+    def _inner_body(self, outer: Node) -> Node:
+        """The body of a scan inside the loop, held by the loop's own body."""
+        if outer not in self.known:
+            held = self.build.graph_module.get_submodule(str(outer.target))
+            self.holder.add_module(str(outer.target), held)
+            self.known[outer] = self.graph.get_attr(str(outer.target))
+        return self.known[outer]
 
     def _table(self, node: Node, items: tuple[Any, ...]) -> Node:
         """A schedule: one number, or one constant tensor, for each step."""
@@ -503,7 +515,7 @@ class _Assembly:
         for node in [*heads, *(n for n in self.graph.nodes if n.op != "placeholder")]:
             moved[node] = ordered.node_copy(node, moved.__getitem__)
         ordered.output(tuple(moved[n] for n in outputs))
-        return GraphModule(torch.nn.Module(), ordered)
+        return GraphModule(self.holder, ordered)
 
     def _replacements(
         self, finals: dict[int, Node], lanes_at: dict[Local | Carried, Node], results: list[Node]

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import Facts, Line, aten, is_op, is_tensor, is_view, source_line
-from ..optimizer.fold import WITH_TENSOR, Loop, Misfit, Stretch, build_scan, fold
+from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, build_scan, fold
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
 
@@ -52,18 +52,25 @@ class RerollLoops:
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         operations = facts.operations
         taken: list[range] = []
+        folded: set[Node] = set()
+        needed: set[Node] = set()
         for repeat in repeats(tokens(operations), self.least_trips):
             span = range(repeat.start, repeat.stop)
             if any(span.start < t.stop and t.start < span.stop for t in taken):
                 continue
             runs = best_cuts(operations, repeat)
             run = runs[0]
-            if all(is_view(n) for n in run[: repeat.period]):
+            if not any(worth_folding(n) for n in run[: repeat.period]):
                 continue
             line = first_line(run)
+            inputs = {source for node in run for source in node.all_input_nodes}
+            if inputs & folded or needed.intersection(run):
+                continue  # a loop of this round reads the other: next round, when that is folded
             found = self._fold(runs, repeat.period)
             if isinstance(found, Loop):
                 taken.append(span)
+                folded.update(run)
+                needed |= inputs
                 yield self._rewrite(found, line)
             elif worth_telling(run, repeat.period):
                 reason = f"a loop of {repeat.trips} trips: {found.reason}"
@@ -144,19 +151,33 @@ def _leaf(leaf: Any, placed: bool) -> Any:
 
 
 def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]]:
-    """The repeat's whole trips, cut first where the fewest values cross from trip to trip."""
+    """The repeat's whole trips, cut first where the fewest values cross from trip to trip.
+
+    A cut that leaves one trip fewer is taken only if all others part a tuple from its items.
+    """
     spare = repeat.length - repeat.trips * repeat.period
     whole = repeat.trips * repeat.period
     stretch = Stretch(operations[repeat.start : repeat.start + whole], repeat.period)
     crossings = stretch.crossings()
-    places = range(min(spare, repeat.period - 1) + 1)
-    cuts = sorted(places, key=lambda place: (crossings[place], place))[:MOST_CUTS]
-    return [operations[repeat.start + c : repeat.start + c + whole] for c in cuts]
+
+    def cost(place: int) -> tuple[bool, bool, int, int]:
+        return crossings[place] >= NEVER, place > spare, crossings[place], place
+
+    runs = []
+    for cut in sorted(range(repeat.period), key=cost)[:MOST_CUTS]:
+        length = whole if cut <= spare else whole - repeat.period
+        runs.append(operations[repeat.start + cut : repeat.start + cut + length])
+    return runs
 
 
 def first_line(run: Sequence[Node]) -> Line | None:
     """The first line of the user's file in a loop's body."""
     return min((ln for n in run if (ln := source_line(n)) is not None), default=None)
+
+
+def worth_folding(node: Node) -> bool:
+    """Whether an operation does more than view a value, or make one from nothing."""
+    return bool(node.all_input_nodes) and not is_view(node)
 
 
 def worth_telling(run: Sequence[Node], period: int) -> bool:

@@ -253,8 +253,8 @@ def test_report_on_stdout_progress_on_stderr(run: Run, file: Path) -> None:
     result = run(GOOD, "@", "--no-measure")
     assert result.exit_code == 0
     for part in ("Loop(float32[2, 6, 3])", "inference ──", "training ──", "reroll-loops",
-                 "mine.py:12", "6 × 2 operations → one scan", "6 × (linear, tanh) → 1", "not proven: shapes",
-                 "shapes other than (2, 6, 3)"):
+                 "mine.py:12", "6 × 2 operations → one scan", "6 × (linear, tanh) → 1",
+                 "not proven: shapes other than (2, 6, 3)"):
         assert part in result.stdout, part
     for part in ("… loading", "… capturing", "… verifying"):
         assert part in result.stderr
@@ -641,6 +641,12 @@ def never(graph, inputs):
 model = torch.compile(Loop(), backend=never)
 """
     assert "the model is compiled already" in run(source, "@", *FAST).stderr
+
+
+@known_bug("at 80 columns a word that doesn't fit is cut with an ellipsis: `self.cell(x[:,`")
+def test_source_lines_are_told_in_full(run: Run) -> None:
+    stdout = run(GOOD, "@", *FAST, env={"COLUMNS": "80"}).stdout
+    assert "torch.tanh(self.cell(x[:,t]))" in re.sub(r"\s+", "", stdout)
 
 
 @known_bug("example_inputs as a variable: the message takes it for a model")

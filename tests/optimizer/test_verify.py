@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -295,6 +296,14 @@ def test_less_accurate_programs_differ(pair: Pair) -> None:
     differs(pair)
 
 
+@known_bug("as above: the published closed form passes, with ten times the naive error")
+def test_the_published_cumsum_is_less_accurate_before_it_is_nan() -> None:
+    inputs = eigenstate.example_inputs("tiny", length=64)
+    verdict = verify(eigenstate.model("tiny"), eigenstate.as_published_cumsum("tiny"), inputs)
+    assert isinstance(verdict, Differs)
+    assert verdict.what == "the accuracy of output 0"
+
+
 def differs(pair: Pair) -> None:
     verdict = pair.verify()
     assert isinstance(verdict, Differs)
@@ -425,6 +434,9 @@ STRIDES = pytest.mark.xfail(
     strict=True, reason="by hand, the output is cropped from a larger buffer than in the naive "
     "model: strides (132, 3, 1) became (144, 3, 1)",
 )
+HYPER_CONNECTIONS: list[dict[str, Any]] = [
+    {"mode": "hc"}, {"mode": "mhc", "sinkhorn_domain": "plain"}, {"mode": "orthostochastic"},
+]
 FORMS = [
     (eigenstate.model, eigenstate.by_hand, eigenstate.example_inputs),
     (eigenstate.model_with_coupling, eigenstate.by_hand_with_coupling, eigenstate.example_inputs),
@@ -438,6 +450,9 @@ FORMS = [
     (vision_transformer.text_encoder, vision_transformer.text_encoder_by_hand,
      vision_transformer.text_inputs),
     (hyper_connections.model, hyper_connections.by_hand, hyper_connections.example_inputs),
+    *((partial(hyper_connections.hyper_connections, **options),
+       partial(hyper_connections.hyper_connections_by_hand, **options),
+       hyper_connections.example_inputs) for options in HYPER_CONNECTIONS),
 ]
 
 
@@ -672,6 +687,11 @@ UNCAUGHT = [
         marks=known_bug("differences count relative to a thousandth of the largest output"),
     ),
     pytest.param(
+        Pair("a finite gradient where NaN was", lambda m, x: x.abs().sqrt(), root_away_from_zero,
+             (torch.tensor([0.0, 1.0, 4.0]),), ""),
+        marks=known_bug("gradients may be finite where the first program's are not"),
+    ),
+    pytest.param(
         Pair("inputs of equal shape exchanged", lambda m, x, y: x - 2 * y,
              lambda m, x, y: y - 2 * x, (*INTEGERS, *INTEGERS), ""),
         marks=known_bug("all inputs are drawn with one seed: equal shapes, equal numbers"),
@@ -711,14 +731,6 @@ def test_signed_zeros_are_not_exact() -> None:
 @known_bug("`tolerance or …` takes 0 for none given")
 def test_a_tolerance_of_zero_allows_nothing() -> None:
     assert not SUMS.verify(tolerance=0.0)
-
-
-@known_bug("`error` and `naive_error` may be of one case where the rule of four held in another")
-def test_the_errors_told_keep_the_rule_of_four() -> None:
-    verdict = verify(eigenstate.model("tiny"), eigenstate.as_published_cumsum("tiny"),
-                     eigenstate.example_inputs("tiny", length=64))
-    if isinstance(verdict, Equal):
-        assert verdict.error <= 4 * max(verdict.naive_error, 16 * torch.finfo(torch.float32).eps)
 
 
 @known_bug("torch.equal and std have no sparse kernels", NotImplementedError)
