@@ -137,7 +137,10 @@ class _Comparison:
     def run(self, modes: Sequence[str], seconds: float) -> Equal | Differs:
         end = time.monotonic() + seconds
         todo = [(case, True) for case in cases(self.inputs, self.seed)]
-        todo += [(case, False) for case in odd_values(self.inputs, self.seed)]
+        if self.approximate:
+            self.notes.append("NaN and infinite inputs, which approximations may treat otherwise")
+        else:
+            todo += [(case, False) for case in odd_values(self.inputs, self.seed)]
         for case, in_float64 in todo:
             if self.count and time.monotonic() > end:
                 left = len(todo) - self.count

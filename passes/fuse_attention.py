@@ -86,10 +86,11 @@ class Attention:
             return None
         mask = build.call(aten.logical_not.default, self.mask) if self.fills else self.mask
         lead, sizes = shape(self.query)[:-2], shape(mask)
+        sizes = (1,) * (2 - len(sizes)) + sizes  # the operation wants two axes at least
+        mask = build.reshape(mask, sizes)
         if len(lead) == 2:
             return mask
-        whole = [*lead, *([1] * (2 - len(sizes)) + list(sizes))[-2:]]
-        return self._as_four(build, build.call(aten.expand.default, mask, whole))
+        return self._as_four(build, build.call(aten.expand.default, mask, [*lead, *sizes[-2:]]))
 
 
 def attention(product: Node, weights: Node) -> Attention | str:

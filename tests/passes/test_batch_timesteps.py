@@ -1,0 +1,130 @@
+"""What is on no cycle runs once; what is on one stays a scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import looplift
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from looplift.optimizer.facts import aten, is_op, is_scan
+from looplift.passes.batch_timesteps import BatchTimesteps
+from looplift.passes.reroll_loops import RerollLoops
+from torch import Tensor, nn
+
+PASSES = (RerollLoops(), BatchTimesteps())
+
+
+class Recurrence(nn.Module):
+    """Projection in, elementwise recurrence, projection out, last state."""
+
+    def __init__(self, width: int = 4, hidden: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.decay = nn.Parameter(torch.rand(hidden))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = x.new_zeros(x.shape[0], self.decay.shape[0]), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.decay * h + self.enter(x[:, t]))
+            outputs.append(torch.relu(self.leave(h)))
+        return torch.stack(outputs, 1), h
+
+
+class TwoLayers(nn.Module):
+    """A second recurrence on the first one's states, in the same loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Recurrence(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, g, outputs = x.new_zeros(x.shape[0], 6), x.new_zeros(x.shape[0], 6), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.first.decay * h + self.first.enter(x[:, t]))
+            g = 0.5 * g + self.second(h)
+            outputs.append(g.sum(-1))
+        return torch.stack(outputs, 1)
+
+
+class Previous(nn.Module):
+    """A carry on no cycle: the step before's value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, outputs = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            now = torch.sin(x[:, t])
+            outputs.append(now - before)
+            before = now
+        return torch.stack(outputs, 1)
+
+
+class AllCycle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + x[:, t])
+        return h
+
+
+def count(graph_module: Any, target: Any) -> int:
+    return sum(is_op(n, target) for n in graph_module.graph.nodes)
+
+
+def test_fires(run: Any, golden: Any) -> None:
+    outcome = run(Recurrence(), (torch.randn(2, 5, 4),))
+    assert [a.summary for a in outcome.applied if a.pass_name == "batch-timesteps"] == [
+        "5 × (2 linear, relu) → 1"
+    ]
+    assert count(outcome.graph_module, aten.linear.default) == 2
+    golden("batch_timesteps", outcome)
+
+
+def test_two_cycles_become_two_scans_with_what_lies_between_batched(run: Any, golden: Any) -> None:
+    outcome = run(TwoLayers(), (torch.randn(2, 5, 4),), PASSES)
+    assert sum(is_scan(n) for n in outcome.graph_module.graph.nodes) == 2
+    assert count(outcome.graph_module, aten.linear.default) == 2
+    assert count(outcome.graph_module, aten.sum.dim_IntList) == 1
+
+
+def test_a_carry_on_no_cycle_is_a_shift(run: Any) -> None:
+    outcome = run(Previous(), (torch.randn(2, 5, 4),), PASSES)
+    assert not any(is_scan(n) for n in outcome.graph_module.graph.nodes)
+    assert count(outcome.graph_module, aten.sin.default) == 1
+
+
+def test_skips(run: Any) -> None:
+    outcome = run(AllCycle(), (torch.randn(2, 5, 4),), PASSES)
+    reasons = [s.reason for s in outcome.skips if s.pass_name == "batch-timesteps"]
+    assert reasons == ["every operation of the loop depends on the step before"]
+
+
+@pytest.mark.parametrize("model", [Recurrence, TwoLayers, Previous, AllCycle])
+@settings(max_examples=5, deadline=None)
+@given(batch=st.sampled_from([0, 1, 2, 3, 4, 6]), steps=st.sampled_from([1, 2, 3, 4, 6, 7]))
+def test_same_values_and_gradients(model: type[nn.Module], batch: int, steps: int) -> None:
+    x = torch.randn(batch, steps, 4)  # 4 and 6 are widths too: axes coincide
+    fast = looplift.apply_passes(model(), (x,), measure=False)
+    reasons = [d["reason"] for d in fast.report.to_dict()["declined"]]
+    assert not [r for r in reasons if "differs" in r or "could not" in r], reasons
+
+
+def test_keeps_the_contract(keeps_contract: Any) -> None:
+    keeps_contract(TwoLayers(), (torch.randn(3, 5, 4),))
+    keeps_contract(Previous(), (torch.randn(3, 5, 4),))
+
+
+def test_is_idempotent(run: Any) -> None:
+    once = run(Recurrence(), (torch.randn(2, 5, 4),), PASSES)
+    twice = run(Recurrence(), (torch.randn(2, 5, 4),), (*PASSES, BatchTimesteps()))
+    assert len(once.applied) == len(twice.applied)
+
+
+def test_shared_weights_are_never_copied(run: Any) -> None:
+    outcome = run(Recurrence(), (torch.randn(2, 5, 4),), PASSES)
+    weights = [n for n in outcome.graph_module.graph.nodes if "weight" in n.name]
+    assert all(is_op(u, aten.linear.default) for w in weights for u in w.users)

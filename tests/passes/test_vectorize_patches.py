@@ -1,0 +1,145 @@
+"""Loops that carry nothing become batched operations on windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import looplift
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from looplift.models import alternating_patches, vision_transformer
+from looplift.optimizer.facts import aten, is_op, is_scan
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Patches(nn.Module):
+    """Patches of an image, cut by a double loop, embedded one by one."""
+
+    def __init__(self, size: int = 2, dim: int = 5, gap: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size, self.stride = size, size + gap
+        self.embed = nn.Linear(3 * size * size, dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        p, tokens = self.size, []
+        for i in range(0, image.shape[2] - p + 1, self.stride):
+            for j in range(0, image.shape[3] - p + 1, self.stride):
+                tokens.append(self.embed(image[:, :, i : i + p, j : j + p].flatten(1)))
+        return torch.stack(tokens, 1)
+
+
+class Heads(nn.Module):
+    """Attention, one head after another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h in range(4):
+            part = x[..., h * 3 : h * 3 + 3]
+            heads.append(torch.softmax(part @ part.mT / 3**0.5, -1) @ part)
+        return torch.cat(heads, -1)
+
+
+class SlidingConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = [functional.conv1d(x[..., t : t + 5], self.weight).squeeze(-1)
+                   for t in range(0, x.shape[-1] - 4, 2)]
+        return torch.stack(windows, -1)
+
+
+class WritesRowsAndColumns(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        out = image.new_zeros(image.shape[0], 4, 3)
+        for i in range(4):
+            for j in range(3):
+                out[:, i, j] = image[:, :, 2 * i : 2 * i + 2, j : j + 2].sum((1, 2, 3)).exp()
+        return out
+
+
+class Sorted(nn.Module):
+    """An operation with two results, one of them integers, and no family rule."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = [torch.sort(x[:, t], dim=-1) for t in range(x.shape[1])]
+        return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1)
+
+
+def scans(graph_module: Any) -> int:
+    return sum(is_scan(n) or "loop" in n.name for n in graph_module.graph.nodes)
+
+
+def count(graph_module: Any, target: Any) -> int:
+    return sum(is_op(n, target) for n in graph_module.graph.nodes)
+
+
+def test_fires(run: Any, golden: Any) -> None:
+    outcome = run(Patches(), (torch.randn(2, 3, 6, 8),))
+    assert "12 × (linear) → 1" in [a.summary for a in outcome.applied]
+    assert count(outcome.graph_module, aten.linear.default) == 1
+    golden("vectorize_patches", outcome)
+
+
+def test_the_vision_transformer_embeds_its_patches_in_one_operation(run: Any, golden: Any) -> None:
+    model = vision_transformer.model("tiny")
+    outcome = run(model, vision_transformer.example_inputs("tiny"))
+    weight = next(n for n in outcome.graph_module.graph.nodes
+                  if n.name == "embedding_project_weight")
+    assert len(weight.users) == 1
+    golden("vision_transformer", outcome)
+
+
+@pytest.mark.parametrize("length", [36, 48, 60])
+def test_alternating_patches_run_each_linear_once(length: int, run: Any) -> None:
+    model = alternating_patches.model("tiny")
+    inputs = alternating_patches.example_inputs("tiny", length=length)
+    outcome = run(model, inputs)
+    weights = [n for n in outcome.graph_module.graph.nodes
+               if n.op == "placeholder" and "weight" in n.name]
+    assert len(weights) >= 6
+    assert all(len(w.users) == 1 for w in weights)
+    assert scans(outcome.graph_module) == 0
+
+
+def test_alternating_patches_with_a_rest(run: Any, golden: Any) -> None:
+    outcome = run(alternating_patches.model("tiny"), alternating_patches.example_inputs("tiny"))
+    golden("alternating_patches", outcome)
+
+
+@pytest.mark.parametrize(("model", "inputs"), [
+    (Heads(), (2, 7, 12)), (SlidingConvolution(), (2, 3, 19)), (Sorted(), (2, 5, 7)),
+    (WritesRowsAndColumns(), (2, 3, 8, 4)), (Patches(2, 5, 1), (2, 3, 9, 9)),
+])
+def test_leaves_no_loop(model: nn.Module, inputs: tuple[int, ...], run: Any) -> None:
+    outcome = run(model, (torch.randn(inputs),))
+    assert scans(outcome.graph_module) == 0
+    assert outcome.applied
+
+
+@pytest.mark.parametrize(("model", "rank"), [
+    (Patches(), 4), (Patches(2, 3, 1), 4), (Patches(3, 3), 4), (Heads(), 3),
+    (SlidingConvolution(), 3), (Sorted(), 3),
+])
+@settings(max_examples=5, deadline=None)
+@given(batch=st.sampled_from([0, 1, 2, 3]), one=st.sampled_from([6, 7, 9]),
+       two=st.sampled_from([6, 8, 11]))
+def test_same_values_and_gradients(
+    model: nn.Module, rank: int, batch: int, one: int, two: int
+) -> None:
+    sizes = {"Heads": (batch, one, 12)}.get(type(model).__name__, (batch, 3, one, two)[:rank])
+    fast = looplift.apply_passes(model, (torch.randn(sizes),), measure=False)
+    reasons = [d["reason"] for d in fast.report.to_dict()["declined"]]
+    assert not [r for r in reasons if "differs" in r or "could not" in r], reasons
+
+
+def test_keeps_the_contract(keeps_contract: Any) -> None:
+    keeps_contract(Patches(), (torch.randn(2, 3, 6, 8),))
+    keeps_contract(Heads(), (torch.randn(2, 7, 12),))
+    keeps_contract(WritesRowsAndColumns(), (torch.randn(2, 3, 8, 4),))
