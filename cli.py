@@ -109,7 +109,7 @@ def optimize(
         from .optimizer.render.json import as_json
 
         passes = chosen_passes(only or [], skip or [])
-        prepare(threads, mode)
+        prepare(threads, mode, seed)
         step("loading")
         file, name = split_target(target)
         module = load(file)
@@ -147,7 +147,7 @@ def verify(
         from .optimizer.verify import Equal
         from .optimizer.verify import verify as compare_results
 
-        prepare(threads, mode)
+        prepare(threads, mode, seed)
         one, other, args, kwargs = two_models(a, b, inputs or [], size, seed)
         step("verifying")
         verdict = compare_results(one, other, args, kwargs, mode=mode, seed=seed,
@@ -173,7 +173,7 @@ def bench(
         from .optimizer.measure import compare_all
         from .optimizer.render.terminal import comparisons
 
-        prepare(threads, mode)
+        prepare(threads, mode, seed)
         one, other, args, kwargs = two_models(a, b, inputs or [], size, seed)
         models: dict[str, Any] = {a: one, b: other}
         if compiled:
@@ -208,13 +208,14 @@ def chosen_passes(only: list[str], skip: list[str]) -> tuple[Pass, ...]:
                  and (not only or p.name in only or p.name == known[-1]))
 
 
-def prepare(threads: int | None, mode: str) -> None:
+def prepare(threads: int | None, mode: str, seed: int) -> None:
     import torch
 
     from .loading import BadInput
     from .optimizer.measure import keep_freed_memory
 
     keep_freed_memory()
+    torch.manual_seed(seed)
     if mode not in ("inference", "training", "both"):
         raise BadInput(f"--mode is inference, training or both, not {mode!r}")
     if threads is not None:
@@ -249,6 +250,8 @@ def try_once(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
     from .loading import BadInput, user_traceback
 
+    if hasattr(model, "_orig_mod"):
+        raise BadInput("the model is compiled already; optimize the module inside (`_orig_mod`)")
     try:
         with torch.no_grad():
             copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+TORCH = str(Path(torch.__file__).parent)
 DTYPES = {
     "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
     "i8": torch.int8, "u8": torch.uint8, "i16": torch.int16, "i32": torch.int32,
@@ -47,10 +48,8 @@ def load(path: str) -> ModuleType:
         raise BadInput(
             f"{path} has a syntax error in line {error.lineno}: {error.msg}\n    {error.text or ''}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{path} can't be imported:\n{user_traceback(error)}") from error
-    finally:
-        sys.path.remove(str(file.resolve().parent))
     return module
 
 
@@ -60,6 +59,8 @@ def user_traceback(error: BaseException) -> str:
     own = str(Path(__file__).parent)
     outside = [f for f in frames if not f.filename.startswith(own + "/optimizer")
                and f.filename not in (__file__, own + "/cli.py") and "importlib" not in f.filename]
+    while outside and outside[0].filename.startswith(TORCH):
+        outside = outside[1:]
     shown = "".join(traceback.format_list(outside or frames))
     return shown + "".join(traceback.format_exception_only(error)).rstrip()
 
@@ -97,6 +98,9 @@ def _only_model(module: ModuleType) -> Any:
     if not found:
         raise BadInput(f"{module.__file__} has no nn.Module; name a function that returns one: "
                        "FILE:NAME")
+    instances = {n: m for n, m in found.items() if isinstance(m, nn.Module)}
+    if len(found) > 1 and len(instances) == 1:
+        return next(iter(instances.values()))
     if len(found) > 1:
         raise BadInput(f"{module.__file__} has several models ({', '.join(found)}); "
                        "say which: FILE:NAME")
@@ -105,7 +109,7 @@ def _only_model(module: ModuleType) -> Any:
 
 def _called(maker: Any, name: str, size: str | None) -> Any:
     if not callable(maker):
-        raise BadInput(f"{name} is a {type(maker).__name__}, not a model")
+        raise BadInput(f"{name} is a {type(maker).__name__}, not a function or class")
     try:
         parameters = inspect.signature(maker).parameters
     except ValueError:

@@ -25,9 +25,9 @@ class Observation:
 
 def observe(
     model: nn.Module, inputs: Leaves, spec: pytree.TreeSpec, state: Sequence[State],
-    training: bool, seed: int,
+    training: bool, seed: int, again: bool = False,
 ) -> Observation:
-    """Call `model` once (twice where it writes to buffers) and note all there is to see.
+    """Call `model` once (with `again` twice) and note all there is to see.
 
     With `training`, gradients of a random projection of the outputs are taken to every
     floating input and every parameter.
@@ -44,7 +44,7 @@ def observe(
                        for i, leaf in enumerate(inputs))
     held = {f"input {i}": leaf for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
     held |= {s.name: s.get() for s in state}
-    versions = {name: tensor._version for name, tensor in held.items()}
+    versions = {name: _version(tensor) for name, tensor in held.items()}
     args, kwargs = pytree.tree_unflatten(list(inputs), spec)
     torch.manual_seed(seed)
     try:
@@ -57,6 +57,11 @@ def observe(
         _inputs(seen, held, versions)
         if training:
             _gradients(seen, outputs, wanted, seed)
+        if again:
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(model(*args, **kwargs))
+            seen.values |= {f"output {i} of a second call": leaf.detach().clone()
+                            for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     except Exception as error:
         seen.exception = f"{type(error).__name__}: {error}"
     return seen
@@ -80,6 +85,7 @@ def _outputs(
         seen.facts[f"type of {name}"] = type(leaf)
         seen.facts[f"dtype of {name}"] = leaf.dtype
         seen.facts[f"shape of {name}"] = tuple(leaf.shape)
+        seen.facts[f"layout of {name}"] = leaf.layout
         seen.facts[f"strides of {name}"] = _visible_strides(leaf)
         seen.facts[f"device of {name}"] = leaf.device
         seen.facts[f"requires_grad of {name}"] = leaf.requires_grad
@@ -88,12 +94,13 @@ def _outputs(
         seen.facts[f"what {name} is"] = identities.get(id(leaf))
         if key is not None:
             owners.setdefault(key, name)
-        seen.values[name] = leaf.detach().clone()
+        strided = leaf.layout is torch.strided
+        seen.values[name] = leaf.detach().clone() if strided else leaf.detach().to_dense()
 
 
 def _visible_strides(tensor: Tensor) -> tuple[int | None, ...]:
     """Strides, without those of axes of size one or of empty tensors, which say nothing."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.layout is not torch.strided:
         return ()
     return tuple(st if size > 1 else None
                  for size, st in zip(tensor.shape, tensor.stride(), strict=True))
@@ -103,7 +110,7 @@ def _inputs(seen: Observation, held: dict[str, Tensor], versions: dict[str, int]
     for name, tensor in held.items():
         seen.values[f"{name} after the call"] = tensor.detach().clone()
         if name.startswith("input"):  # state is compared by its values: batch_norm writes unseen
-            seen.facts[f"whether {name} was written to"] = tensor._version != versions[name]
+            seen.facts[f"whether {name} was written to"] = _version(tensor) != versions[name]
 
 
 def _gradients(
@@ -124,6 +131,10 @@ def _gradients(
         if gradient is not None:
             seen.facts[f"dtype of the gradient of {name}"] = gradient.dtype
             seen.values[f"the gradient of {name}"] = gradient.detach()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _storage(tensor: Tensor) -> int | None:

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
 
 from .apply import Seen, visible
+from .cases import copied, flat
 from .facts import TORCH
 from .normal_form import UnsupportedRegion, normalize
 
@@ -109,19 +110,25 @@ def model_state(model: nn.Module) -> tuple[State, ...]:
 
 
 @contextlib.contextmanager
-def swapped(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+def swapped(
+    model: nn.Module, tensors: dict[int, Tensor], strict: bool = True
+) -> Iterator[None]:
     """The model with each of its tensors, shared ones too, replaced by that of the same id.
 
-    On the way out everything is put back, also what forward assigned meanwhile; raises
-    `CaptureError` if it did assign an attribute, since that effect would be lost.
+    On the way out everything is put back, also what forward assigned meanwhile; if `strict`,
+    raises `CaptureError` if it did assign an attribute, since that effect would be lost.
+    (What torch's own modules assign is bookkeeping.)
     """
+    modules = list(underlying(model).modules())
     holders: list[dict[str, Any]] = [
         holder
-        for module in underlying(model).modules()
+        for module in modules
         for holder in cast(
             tuple[dict[str, Any], ...], (vars(module), module._parameters, module._buffers)
         )
     ]
+    ours = [strict and not type(m).__module__.startswith("torch.") for m in modules]
+    own = [checked for checked in ours for _ in range(3)]
     before = [dict(holder) for holder in holders]
     containers = [
         (key, held, copy.copy(held)) for holder in holders for key, held in holder.items()
@@ -133,14 +140,16 @@ def swapped(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
             for key, held in holder.items():
                 if isinstance(held, Tensor) and id(held) in tensors:
                     holder[key] = tensors[id(held)]
+                elif key == "_flat_weights":  # of nn.RNN and its kind
+                    holder[key] = [tensors.get(id(weight), weight) for weight in held]
             swaps.append(dict(holder))
         yield
-        for holder, swap in zip(holders, swaps, strict=True):
-            for key in holder.keys() | swap.keys():
+        for holder, swap, checked in zip(holders, swaps, own, strict=True):
+            for key in (holder.keys() | swap.keys()) if checked else ():
                 if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
                     raise CaptureError(f"forward assigns the attribute {key!r} {EFFECT}")
         for key, held, contents in containers:
-            if not _same_items(held, contents):
+            if strict and not _same_items(held, contents):
                 raise CaptureError(f"forward changes the container {key!r} {EFFECT}")
     finally:
         for _, held, contents in containers:
@@ -185,13 +194,17 @@ def capture(
     something that the tracer or a pass could not keep.
     """
     _refuse_unsupported_modules(model)
+    if fake_mode is None:
+        _run_once(model, args, dict(kwargs or {}))
     mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
     state = model_state(model)
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
     places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))
     trace = _Trace(model, flat, spec, places, state)
-    fakes = [_fake(mode, tensor) for tensor in (*(s.get() for s in state), *trace.inputs)]
+    fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
     with TRACING, mock.patch.object(
+        torch.autograd.Function, "apply", classmethod(_refuse_function)
+    ), mock.patch.object(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: user_frames(frames)
     ):
         try:
@@ -204,6 +217,7 @@ def capture(
         except Exception as error:
             raise _explained(error) from error
     assert trace.output_spec is not None
+    _refuse_writes(trace)
     seen = tuple(visible(graph_module))
     try:
         normalize(graph_module, [s.name for s in state], mode)
@@ -274,10 +288,48 @@ def _aliases(one: FunctionalTensor, other: FunctionalTensor) -> bool:
     return bool(one.elem.untyped_storage()._cdata == other.elem.untyped_storage()._cdata)
 
 
-def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or isinstance(leaf, torch._subclasses.FakeTensor):
-        return leaf
-    return mode.from_tensor(leaf, static_shapes=True)
+def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Run the model for real, on copies, so that caches it fills hold no fake tensors."""
+    leaves, spec = flat(args, kwargs)
+    positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
+    state = {id(s.get()): s.get().detach().clone() for s in model_state(model)}
+    try:
+        with torch.no_grad(), swapped(model, state, strict=False):
+            model(*positional, **named)
+    except Exception as error:
+        raise _explained(error) from error
+
+
+def _fakes(mode: FakeTensorMode, leaves: Sequence[Any]) -> list[Any]:
+    """A fake for each tensor; one that is given twice gets two, which may alias."""
+    fakes: list[Any] = []
+    seen: set[int] = set()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and not isinstance(leaf, torch._subclasses.FakeTensor):
+            distinct = leaf.detach() if id(leaf) in seen else leaf
+            seen.add(id(leaf))
+            fakes.append(mode.from_tensor(distinct, static_shapes=True))
+        else:
+            fakes.append(leaf)
+    return fakes
+
+
+def _refuse_function(kind: type, *args: Any, **kwargs: Any) -> Any:
+    raise CaptureError(
+        f"forward uses the custom autograd function {kind.__name__}, whose backward a graph "
+        "would lose"
+    )
+
+
+def _refuse_writes(trace: _Trace) -> None:
+    """Writes that a graph could not repeat faithfully."""
+    held = len(trace.state)
+    for place in trace.written:
+        if place < held and trace.state[place].get().requires_grad:
+            raise CaptureError(f"forward writes to the parameter {trace.state[place].name!r}")
+    storages = [t.untyped_storage()._cdata for t in trace.inputs if isinstance(t, Tensor)]
+    if len(set(storages)) < len(storages) and any(place >= held for place in trace.written):
+        raise CaptureError("forward writes to an input that shares memory with another input")
 
 
 def _to_functional(leaf: Any) -> Any:
@@ -294,6 +346,8 @@ def _from_functional(leaf: Any) -> Any:
 def _refuse_unsupported_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f" ({name})" if name else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise CaptureError(
                 f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
@@ -306,8 +360,6 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
                 f"the module{where} has forward hooks, whose effects a graph would not repeat; "
                 "remove them, or optimize the modules inside"
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
 
 
 def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:

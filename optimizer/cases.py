@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Leaves = tuple[Any, ...]
+FIRST = "given inputs"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Case:
     inputs: Leaves
     parameters: Callable[[Tensor], Tensor]
     seed: int
+    odd: bool = False  # NaN or infinities in it: nothing to say in float64
+    usual: bool = True  # inputs of a size for which accuracy counts
 
 
 def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
@@ -29,12 +32,11 @@ def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
     Random floating inputs have the given ones' mean and spread; random integers stay within
     the range of the given ones, so that an index table stays in range.
     """
-    yield Case("given inputs", inputs, as_they_are, seed)
+    yield Case(FIRST, inputs, as_they_are, seed)
     for drawn_from in range(seed + 1, seed + 1 + several):
-        drawn = tuple(random_like(leaf, drawn_from) for leaf in inputs)
+        drawn = drawn_like(inputs, drawn_from)
         yield Case(f"random inputs, seed {drawn_from}", drawn, as_they_are, drawn_from)
-    drawn = tuple(random_like(leaf, seed) for leaf in inputs)
-    yield Case("gates near one", drawn, near_one, seed)
+    yield Case("gates near one", drawn_like(inputs, seed), near_one, seed)
 
 
 def odd_values(inputs: Leaves, seed: int) -> Iterator[Case]:
@@ -42,13 +44,19 @@ def odd_values(inputs: Leaves, seed: int) -> Iterator[Case]:
     if not any(isinstance(i, Tensor) and i.is_floating_point() and i.numel() for i in inputs):
         return
     for name, number in (("NaN", float("nan")), ("Inf", float("inf"))):
-        drawn = tuple(sprinkled(leaf, number, seed) for leaf in inputs)
-        yield Case(f"{name} in the inputs", drawn, as_they_are, seed)
-    zeros = tuple(
-        torch.zeros_like(i) if isinstance(i, Tensor) and i.is_floating_point() else i
-        for i in inputs
-    )
-    yield Case("zero inputs", zeros, as_they_are, seed)
+        drawn = tuple(sprinkled(leaf, number, seed + i) for i, leaf in enumerate(inputs))
+        yield Case(f"{name} in the inputs", drawn, as_they_are, seed, odd=True)
+    for name, factor in (("zero inputs", 0.0), ("large inputs", 100.0)):
+        scaled = tuple(
+            laid_out_like(i, i.detach() * factor)
+            if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs
+        )
+        yield Case(name, scaled, as_they_are, seed, usual=False)
+
+
+def drawn_like(inputs: Leaves, seed: int) -> Leaves:
+    """Random inputs like the given ones, each from a seed of its own."""
+    return tuple(random_like(leaf, 1000 * seed + i) for i, leaf in enumerate(inputs))
 
 
 def as_they_are(parameter: Tensor) -> Tensor:

@@ -167,6 +167,9 @@ def _quiet() -> Iterator[None]:
 
 def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> Callable[[], Any]:
     """One inference, or one training step (a loss, its backward, gradients dropped), of `model`."""
+    leaves, spec = flat(args, kwargs)
+    own = copied(leaves)
+    args, kwargs = pytree.tree_unflatten(list(own), spec)
     if not training:
 
         def inference() -> None:
@@ -174,9 +177,6 @@ def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> C
                 model(*args, **kwargs)
 
         return inference
-    leaves, spec = flat(args, kwargs)
-    own = copied(leaves)
-    args, kwargs = pytree.tree_unflatten(list(own), spec)
     held = list(model.parameters()) if isinstance(model, nn.Module) else []
     wanted = [t for t in (*held, *own) if isinstance(t, Tensor) and t.requires_grad]
 
@@ -188,6 +188,18 @@ def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> C
             torch.autograd.grad(loss, wanted, allow_unused=True)
 
     return training_step
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers back as they were, however often it is called meanwhile."""
+    before = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, contents in before:
+                buffer.copy_(contents)
 
 
 def device_of(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
@@ -216,13 +228,15 @@ def compare_all(
     found = []
     for one in ("inference", "training") if mode == "both" else (mode,):
         runs = {n: call(m, args, kwargs or {}, one == "training") for n, m in models.items()}
-        timed = interleaved(runs, mode=one, rounds=rounds, seconds=seconds)
-        if memory:
-            device = device_of(next(iter(models.values())), flat(args, kwargs)[0])
-            weighed = tuple(
-                replace(t, memory=peak_memory(runs[t.name], device))
-                for t in timed.timings
-            )
-            timed = replace(timed, timings=weighed)
+        with contextlib.ExitStack() as stack:
+            for model in models.values():
+                stack.enter_context(buffers_kept(model))
+            timed = interleaved(runs, mode=one, rounds=rounds, seconds=seconds)
+            if memory:
+                device = device_of(next(iter(models.values())), flat(args, kwargs)[0])
+                weighed = tuple(
+                    replace(t, memory=peak_memory(runs[t.name], device)) for t in timed.timings
+                )
+                timed = replace(timed, timings=weighed)
         found.append(timed)
     return tuple(found)

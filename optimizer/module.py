@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .capture import CaptureError, State, capture, model_state
+from .cases import copied
 from .report import (
     ModeReport,
     Report,
@@ -43,13 +44,15 @@ class OptimizedModule(nn.Module):
         self, original: nn.Module, options: Options,
         progress: Callable[[str], None] = lambda message: None,
     ) -> None:
+        vars(self)["original"] = original  # what the attributes of a module are read from
         super().__init__()
         share(self, original)
         own = vars(self)
+        own.pop("training", None)
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, rewritten=None, warned=False,
+            specialized={}, rewritten=None, warned=False, members=(), generation=0,
         )
         self._look_at_model()
 
@@ -61,6 +64,8 @@ class OptimizedModule(nn.Module):
     members: tuple[nn.Module, ...]
     state: tuple[State, ...]
     settings: tuple[Callable[[], Hashable], ...]
+    ties: tuple[tuple[dict[str, Any], str, dict[str, Any], str], ...]
+    generation: int
     rewritten: Rewritten | None
     warned: bool
 
@@ -74,7 +79,7 @@ class OptimizedModule(nn.Module):
                 return self.original(*args, **kwargs)
             mode = "training" if torch.is_grad_enabled() else "inference"
             self.optimize(args, kwargs, (mode,))
-            run = self.specialized[key]
+            run = self.specialized[self._signature(leaves, spec)]
         return run(*args, **kwargs)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
@@ -91,7 +96,8 @@ class OptimizedModule(nn.Module):
             with torch.set_grad_enabled(mode == "training"):
                 self.specialized[self._signature(leaves, spec)] = self.original
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
+                args, kwargs = pytree.tree_unflatten(list(copied(tuple(leaves))), spec)
                 self.progress("capturing")
                 captured = capture(self.original, args, kwargs)
                 seconds = time.perf_counter() - start
@@ -117,10 +123,13 @@ class OptimizedModule(nn.Module):
 
     def _look_at_model(self) -> None:
         """Note the model's modules, tensors and settings, which make part of every signature."""
+        members = tuple(self.original.modules())
+        if members != self.members:
+            vars(self).update(members=members, generation=self.generation + 1)
         vars(self).update(
-            members=tuple(self.original.modules()), state=model_state(self.original),
+            state=model_state(self.original), ties=_ties(self.original),
+            settings=tuple(_settings(m) for m in members),
         )
-        vars(self)["settings"] = tuple(_settings(m) for m in self.members)
 
     def _signature(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
         if tuple(self.original.modules()) != self.members:
@@ -133,17 +142,22 @@ class OptimizedModule(nn.Module):
 
     def _key(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
         inputs = tuple(
-            (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
+            (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
             else (type(leaf), _hashable(leaf))
             for leaf in leaves
         )
         state = tuple((t.shape, t.dtype, t.device) for t in (s.get() for s in self.state))
         settings = tuple(read() for read in self.settings)
+        tied = tuple(one[key] is other[name] for one, key, other, name in self.ties)
+        storages = [leaf.untyped_storage()._cdata for leaf in leaves
+                    if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+        shared = tuple(map(storages.index, storages)) if len(storages) > 1 else ()
         autocast = tuple(
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", "cuda")
         )
-        return (spec, inputs, state, settings, torch.is_grad_enabled(), autocast)
+        return (spec, inputs, shared, self.generation, state, tied, settings,
+                torch.is_grad_enabled(), autocast)
 
     def _warn_once(self) -> None:
         if not self.warned:
@@ -163,15 +177,32 @@ class OptimizedModule(nn.Module):
         """The Python source of `graph_module`: exactly what runs. Empty where the original runs."""
         return "" if self.rewritten is None else str(self.rewritten.code)
 
+    @property
+    def training(self) -> bool:
+        """The original's train or eval state."""
+        return self.original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """nn.Module's own constructor sets this; the original keeps its state."""
+
     def train(self, mode: bool = True) -> OptimizedModule:
         """Set the train or eval state, of the original too."""
         self.original.train(mode)
-        vars(self)["training"] = mode
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original.load_state_dict(*args, **kwargs)
 
     def __setattr__(self, name: str, held: Any) -> None:
         """Set on the model: what forward reads is the original's."""
-        setattr(self.original, name, held)
+        if "settings" not in vars(self):  # while it is made
+            vars(self)[name] = held
+        else:
+            setattr(self.original, name, held)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -187,6 +218,24 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         return (OptimizedModule, (self.original, self.options))
+
+
+def _strides(tensor: Tensor) -> Hashable:
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+
+
+def _ties(model: nn.Module) -> tuple[tuple[dict[str, Any], str, dict[str, Any], str], ...]:
+    """The places that hold one parameter, in pairs: whether they still do is to be seen."""
+    first: dict[int, tuple[dict[str, Any], str]] = {}
+    pairs = []
+    for module in model.modules():
+        held: dict[str, Any] = module._parameters
+        for name, parameter in held.items():
+            if parameter is not None and id(parameter) in first:
+                pairs.append((*first[id(parameter)], held, name))
+            elif parameter is not None:
+                first[id(parameter)] = (held, name)
+    return tuple(pairs)
 
 
 def _settings(module: nn.Module) -> Callable[[], Hashable]:

@@ -67,6 +67,8 @@ def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:
         if node.op != "call_function":
             continue
         if node.target is torch._C._set_grad_enabled:
+            if enabled and node.args[0]:
+                raise UnsupportedRegion("forward enables gradients for a part of itself")
             enabled = bool(node.args[0])
             graph_module.graph.erase_node(node)
         elif is_region_marker(node):

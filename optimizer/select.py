@@ -12,7 +12,16 @@ from torch import nn
 from .behaviour import observe
 from .capture import Capture, model_state, swapped
 from .cases import copied, flat
-from .measure import BUSY, Comparison, Timing, call, device_of, interleaved, peak_memory
+from .measure import (
+    BUSY,
+    Comparison,
+    Timing,
+    buffers_kept,
+    call,
+    device_of,
+    interleaved,
+    peak_memory,
+)
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
@@ -128,7 +137,7 @@ class _Selecting:
         """What a call of the original raises, with its backward in training."""
         leaves, spec = flat(self.args, self.kwargs)
         state = fresh_state(self.model)
-        with swapped(self.model, state):
+        with swapped(self.model, state, strict=False):
             seen = observe(self.model, copied(leaves), spec, model_state(self.model),
                            self.mode == "training", self.options.seed)
         return seen.exception
@@ -282,13 +291,14 @@ class _Selecting:
         training = self.mode == "training"
         runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
-        timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
-                            seconds=0.5 * (1 + len(runs)))
-        if not memory:
-            return timed
-        weighed: tuple[Timing, ...] = tuple(
-            replace(t, memory=self._weigh(modules[t.name])) for t in timed.timings
-        )
+        with buffers_kept(self.model):
+            timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
+                                seconds=0.5 * (1 + len(runs)))
+            if not memory:
+                return timed
+            weighed: tuple[Timing, ...] = tuple(
+                replace(t, memory=self._weigh(modules[t.name])) for t in timed.timings
+            )
         return replace(timed, timings=weighed)
 
     def _decline(self, groups: Sequence[Group], reason: str) -> None:

@@ -138,7 +138,7 @@ def token(node: Node) -> Any:
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
     abstract = tuple(_leaf(leaf, placed) for leaf in leaves)
     results, _ = pytree.tree_flatten(node.meta.get("val"))
-    shapes = tuple((tuple(r.shape), r.dtype) if isinstance(r, Tensor) else None for r in results)
+    shapes = tuple(f"{r.dtype}{tuple(r.shape)}" if isinstance(r, Tensor) else "" for r in results)
     return (node.target, repr(spec) if len(leaves) > 8 else spec, abstract, shapes)
 
 
