@@ -29,10 +29,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `optimize-cli --help` answers without importing torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'looplift' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "passes":
+        return import_module(f"{__name__}.passes")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'looplift' has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

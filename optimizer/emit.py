@@ -6,6 +6,7 @@ cost less per call than operator overloads. Scans that were lowered appear as `f
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import linecache
 import operator
@@ -25,9 +26,8 @@ LARGE = 1 << 16  # bytes: a local that holds more is deleted after its last use
 
 INFIX = {
     aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/",
-    aten.matmul.default: "@", aten.add.Scalar: "+", aten.mul.Scalar: "*", aten.sub.Scalar: "-",
-    aten.div.Scalar: "/", aten.pow.Tensor_Scalar: "**", aten.lt.Tensor: "<", aten.gt.Tensor: ">",
-    aten.le.Tensor: "<=", aten.ge.Tensor: ">=",
+    aten.matmul.default: "@", aten.pow.Tensor_Scalar: "**", aten.lt.Tensor: "<",
+    aten.gt.Tensor: ">", aten.le.Tensor: "<=", aten.ge.Tensor: ">=",
 }
 METHODS = {
     aten.reshape.default: "reshape", aten.permute.default: "permute", aten.expand.default: "expand",
@@ -84,7 +84,7 @@ class _Source:
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
         self.names: dict[Node, str] = {}
-        self.taken: set[str] = {"torch", "inf", "nan", "forward", "device"}
+        self.taken: set[str] = {"torch", "inf", "nan", "forward", *dir(builtins)}
         self.globals: dict[str, Any] = {}
         self.lines: list[str] = []
         self.at: str = ""

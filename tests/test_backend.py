@@ -16,7 +16,6 @@ from looplift import backend
 from looplift.optimizer.capture import CaptureError
 from looplift.passes import ORDER
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 from torch.nn import functional
 from torch.testing import assert_close
@@ -24,10 +23,6 @@ from torch.testing import assert_close
 Backend = Callable[[GraphModule, Sequence[Any]], Any]
 EAGER: dict[str, Any] = {"inner_backend": "eager"}
 X = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
-
-
-def known_bug(reason: str, *raises: type[Exception]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises or AssertionError)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +140,7 @@ class OwnGradient(Recurrent):
 
 
 def rendered_early(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
-    """The backend on a graph whose source is rendered already: see the first known bug."""
+    """The backend on a graph whose source is rendered already, as Dynamo's lazily is."""
     assert graph_module.code
     return backend.looplift(graph_module, example_inputs, options=EAGER)
 
@@ -157,7 +152,7 @@ def compiled(model: Any, door: str = "by name", **options: Any) -> Any:
 
 
 DOORS = pytest.mark.parametrize("door", ["by name", "rendered early"])
-MODELS = [Recurrent, GruCell, Gru, Counting, Breaking, Fixed, Several, Writing]
+MODELS = [Recurrent, GruCell, Gru, Counting, Breaking, Fixed, Several, Writing, OwnGradient]
 
 
 def seen(model: nn.Module, run: Callable[[Tensor], Any], training: bool) -> list[Any]:
@@ -198,9 +193,6 @@ def test_dynamic_batches_and_changing_lengths(door: str) -> None:
 
 @DOORS
 def test_sizes_as_inputs(door: str) -> None:
-    def fold(x: Tensor, rows: int) -> Tensor:
-        return x.reshape(rows, -1) * rows + torch.arange(rows)[:, None]
-
     fast = compiled(fold, door, dynamic=True)
     for rows in (2, 3, 4, 6):
         assert_close(fast(torch.ones(12), rows), fold(torch.ones(12), rows))
@@ -333,49 +325,49 @@ def test_inductor_is_the_default() -> None:
         assert_close(fast(X[:, :3]), model(X[:, :3]), rtol=1e-4, atol=1e-5)
 
 
-# Known bugs
-
-
-@known_bug("Dynamo's GraphModule renders its source at its first call and notes it in an "
-           "attribute; `swapped` takes that for an assignment by forward: nothing is captured")
 def test_graphs_are_rewritten(inner: Inner) -> None:
     torch.compile(Recurrent(), backend="looplift", options={"inner_backend": inner.name})(X)
     assert inner.linears() == 2
 
 
-@known_bug("the same: each graph is refused, with a warning in the log")
 def test_nothing_is_logged_for_a_plain_loop(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="looplift.backend"):
         compiled(Recurrent())(X)
     assert caplog.records == []
 
 
-@known_bug("a function's own backward is traced through and lost", RuntimeError)
-def test_functions_with_their_own_backward() -> None:
-    model = OwnGradient()
-    naive = copy.deepcopy(model)
-    fast = compiled(model, "rendered early")
-    assert_close(seen(model, fast, True), seen(naive, naive, True), rtol=1e-5, atol=1e-5)
+def fold(x: Tensor, rows: int) -> Tensor:
+    return x.reshape(rows, -1) * rows + torch.arange(rows)[:, None]
 
 
-@known_bug("reroll-loops hashes arguments, and a SymInt has no hash; the graph is left as it was")
-def test_no_pass_fails_on_symbolic_sizes(caplog: pytest.LogCaptureFixture) -> None:
-    def fold(x: Tensor, rows: int) -> Tensor:
-        return x.reshape(rows, -1) * rows
+SYMBOLIC = [(fold, (torch.ones(12), 3)), (Recurrent(), (X,))]
 
-    with caplog.at_level(logging.ERROR, logger="looplift.backend"):
-        compiled(fold, "rendered early", dynamic=True)(torch.ones(12), 3)
+
+@pytest.mark.parametrize(("run", "inputs"), SYMBOLIC, ids=["a size as input", "a loop"])
+def test_graphs_with_symbolic_sizes_are_left_as_they_were(
+    run: Callable[..., Tensor], inputs: tuple[Any, ...], inner: Inner,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = []
+
+    def through(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
+        given.append((graph_module, str(graph_module.graph)))
+        return backend.looplift(graph_module, inputs, options={"inner_backend": inner.name})
+
+    with caplog.at_level(logging.WARNING, logger="looplift.backend"):
+        result = torch.compile(run, backend=through, dynamic=True)(*inputs)
+    assert_close(result, run(*inputs), rtol=0, atol=0)
+    assert len(given) == 1
+    assert [(g, str(g.graph)) for g in inner.graphs] == given
     assert caplog.records == []
 
 
-@known_bug("with the inner backend eager a bound method comes back, not a GraphModule")
 def test_a_graph_module_is_returned() -> None:
     graph_module = torch.fx.symbolic_trace(nn.Linear(3, 2))
     result = backend.looplift(graph_module, [X[0]], options=EAGER)
     assert not inspect.ismethod(result)
 
 
-@known_bug("compile_fx takes no `mode` and no `options`", BackendCompilerFailed)
 @compiler
 @pytest.mark.parametrize("given", [{"mode": "reduce-overhead"},
                                    {"options": {"max_autotune": False}}], ids=["mode", "options"])

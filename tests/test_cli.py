@@ -119,7 +119,7 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
     "several models": (VARIANTS, ("@",), 2, (
         "several models (Loop, Doubled, Wrong, Raising)", "FILE:NAME")),
     "no such model": (GOOD, ("@:Other",), 2, ("has no 'Other'; it has Loop",)),
-    "something else than a model": (GOOD + "k = 3\n", ("@:k",), 2, ("k is a int, not a model",)),
+    "something else than a model": (GOOD + "k = 3\n", ("@:k",), 2, ("k is a int, not a function or class",)),
     "a function returning something else": (GOOD + "def k(): return 3\n", ("@:k",), 2, (
         "k is a int, not an nn.Module",)),
     "a constructor with arguments": (
@@ -157,7 +157,7 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
     "an assignment": (forward("self.last = x", "return x"), ("@",), 4, (
         "forward assigns the attribute 'last' of the model",)),
     "a compiled model": (GOOD + "model = torch.compile(Loop(), backend='eager')\n", ("@",), 2, (
-        "the model is compiled already; optimize first",)),
+        "the model is compiled already; optimize the module inside (`_orig_mod`)",)),
     "a wrapper": (GOOD + """
 class DistributedDataParallel(nn.Module):
     def __init__(self, module):
@@ -537,6 +537,63 @@ def test_help(run: Run) -> None:
         assert option in options
 
 
+def test_tracebacks_start_at_the_users_own_line(run: Run, file: Path) -> None:
+    stderr = run(forward("raise ValueError('mine')"), "@").stderr
+    first = re.search(r'File "([^"]+)"', stderr)
+    assert first is not None
+    assert first[1] == str(file)
+
+
+def test_a_file_that_exits_when_imported(run: Run) -> None:
+    result = run("import sys\nsys.exit(7)\n", "@")
+    assert result.exit_code == 2
+
+
+def test_verify_of_a_recurrent_layer(run: Run) -> None:
+    source = IMPORTS + "def model(): return nn.GRU(3, 4)\n" + INPUTS
+    assert run(source, "verify", "@", "@").exit_code == 0
+
+
+def test_a_class_and_its_only_instance_are_one_model(run: Run) -> None:
+    assert run(GOOD + "net = Loop()\n", "@", *FAST).exit_code == 0
+
+
+def test_files_may_import_their_neighbours_later(run: Run, file: Path) -> None:
+    file.with_name("late_neighbour_of_mine.py").write_text(LOOP)
+    source = "import torch\ndef model():\n    from late_neighbour_of_mine import Loop\n" \
+             "    return Loop()\n"
+    assert run(source + INPUTS, "@", *FAST).exit_code == 0
+
+
+def test_the_seed_is_that_of_all_random_numbers(run: Run, file: Path) -> None:
+    drawn = file.with_name("drawn.txt")
+    source = GOOD + f"""
+def model():
+    with open({str(drawn)!r}, "a") as log: print(torch.rand(()).item(), file=log)
+    return Loop()
+"""
+    for before in (1, 2):
+        torch.manual_seed(before)
+        assert run(source, "@", "--seed", "5", *FAST).exit_code == 0
+    one, other = drawn.read_text().split()
+    assert one == other
+
+
+def test_a_compiled_model_is_refused_before_it_runs(run: Run) -> None:
+    source = GOOD + """
+def never(graph, inputs):
+    raise RuntimeError("compiled after all")
+model = torch.compile(Loop(), backend=never)
+"""
+    assert "the model is compiled already" in run(source, "@", *FAST).stderr
+
+
+def test_inputs_that_are_no_function(run: Run) -> None:
+    result = run(LOOP + "example_inputs = torch.randn(2, 6, 3)\n", "@", *FAST)
+    assert result.exit_code == 2
+    assert "example_inputs is a Tensor, not a function or class" in result.stderr
+
+
 # As a process of its own
 
 
@@ -576,21 +633,7 @@ def test_the_installed_command(file: Path) -> None:
 # Known bugs
 
 
-@known_bug("the user's traceback starts in torch's module.py, two frames before their own line")
-def test_tracebacks_start_at_the_users_own_line(run: Run, file: Path) -> None:
-    stderr = run(forward("raise ValueError('mine')"), "@").stderr
-    first = re.search(r'File "([^"]+)"', stderr)
-    assert first is not None
-    assert first[1] == str(file)
-
-
-@known_bug("SystemExit is no Exception: the file's own exit code becomes that of optimize-cli")
-def test_a_file_that_exits_when_imported(run: Run) -> None:
-    result = run("import sys\nsys.exit(7)\n", "@")
-    assert result.exit_code == 2
-
-
-@known_bug("capture raises AttributeError on a ScriptModule, an internal error")
+@known_bug("looking up a ScriptModule's state raises AttributeError, an internal error")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_a_script_module(run: Run) -> None:
     result = run(IMPORTS + "def model(): return torch.jit.script(nn.Linear(3, 3))\n" + INPUTS, "@",
@@ -599,57 +642,7 @@ def test_a_script_module(run: Run) -> None:
     assert "is a ScriptModule" in result.stderr
 
 
-@known_bug("verify raises CaptureError for torch's own recurrent layers, an internal error")
-def test_verify_of_a_recurrent_layer(run: Run) -> None:
-    source = IMPORTS + "def model(): return nn.GRU(3, 4)\n" + INPUTS
-    assert run(source, "verify", "@", "@").exit_code == 0
-
-
-@known_bug("a class and the one instance of it count as two models")
-def test_a_class_and_its_only_instance_are_one_model(run: Run) -> None:
-    assert run(GOOD + "net = Loop()\n", "@", *FAST).exit_code == 0
-
-
-@known_bug("the file's folder is on the import path while it is imported, and not afterwards")
-def test_files_may_import_their_neighbours_later(run: Run, file: Path) -> None:
-    file.with_name("late_neighbour_of_mine.py").write_text(LOOP)
-    source = "import torch\ndef model():\n    from late_neighbour_of_mine import Loop\n" \
-             "    return Loop()\n"
-    assert run(source + INPUTS, "@", *FAST).exit_code == 0
-
-
-@known_bug("--seed seeds --inputs alone, not example_inputs() nor the model's weights")
-def test_the_seed_is_that_of_all_random_numbers(run: Run, file: Path) -> None:
-    drawn = file.with_name("drawn.txt")
-    source = GOOD + f"""
-def model():
-    with open({str(drawn)!r}, "a") as log: print(torch.rand(()).item(), file=log)
-    return Loop()
-"""
-    for before in (1, 2):
-        torch.manual_seed(before)
-        assert run(source, "@", "--seed", "5", *FAST).exit_code == 0
-    one, other = drawn.read_text().split()
-    assert one == other
-
-
-@known_bug("the model runs once, and is compiled for that, before it is refused as compiled")
-def test_a_compiled_model_is_refused_before_it_runs(run: Run) -> None:
-    source = GOOD + """
-def never(graph, inputs):
-    raise RuntimeError("compiled after all")
-model = torch.compile(Loop(), backend=never)
-"""
-    assert "the model is compiled already" in run(source, "@", *FAST).stderr
-
-
 @known_bug("at 80 columns a word that doesn't fit is cut with an ellipsis: `self.cell(x[:,`")
 def test_source_lines_are_told_in_full(run: Run) -> None:
     stdout = run(GOOD, "@", *FAST, env={"COLUMNS": "80"}).stdout
     assert "torch.tanh(self.cell(x[:,t]))" in re.sub(r"\s+", "", stdout)
-
-
-@known_bug("example_inputs as a variable: the message takes it for a model")
-def test_inputs_that_are_no_function(run: Run) -> None:
-    result = run(LOOP + "example_inputs = torch.randn(2, 6, 3)\n", "@", *FAST)
-    assert "not a model" not in result.stderr

@@ -1,0 +1,76 @@
+"""The functions and operators that the emitted source uses call the very overloads of the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from looplift.optimizer.emit import FUNCTIONAL, INFIX, METHODS, TORCH_FUNCTIONS, compiled
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+X, Y = torch.rand(3, 3) + 0.5, torch.rand(3, 3) + 0.5
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "reshape": (X, [9]), "permute": (X, [1, 0]), "expand": (X, [2, 3, 3]), "unsqueeze": (X, 0),
+    "select": (X, 0, 1), "unfold": (X, 0, 2, 1), "new_zeros": (X, [2]), "squeeze": (X, 0),
+    "linear": (X, Y), "scaled_dot_product_attention": (X[None], Y[None], X[None]),
+    "softmax": (X, -1), "log_softmax": (X, -1), "logsumexp": (X, [-1]), "amax": (X, [0]),
+    "amin": (X, [0]), "stack": ([X, Y],), "cat": ([X, Y],), "where": (X > 1, X, Y),
+    "cumsum": (X, 0), "bmm": (X[None], Y[None]), "addmm": (X, X, Y), "mm": (X, Y),
+    "einsum": ("ij,jk->ik", [X, Y]), "layer_norm": (X, [3]), "flip": (X, [0]),
+    "slice_scatter": (X, Y[:1], 0, 0, 1), "select_scatter": (X, Y[0], 0, 1),
+    "index_select": (X, 0, torch.tensor([1])), "embedding": (X, torch.tensor([1])),
+    "full_like": (X, 2.0), "rsub": (X, 1), "baddbmm": (X[None], X[None], Y[None]),
+    "clamp": (X, 0, 1), "contiguous": (X.t(),),
+}
+OVERLOADS: dict[Any, tuple[Any, ...]] = {
+    torch.ops.aten.sum.dim_IntList: (X, [0]), torch.ops.aten.mean.dim: (X, [0]),
+    torch.ops.aten.pow.Tensor_Scalar: (X, 2),
+}
+
+
+def arguments(target: Any) -> tuple[Any, ...]:
+    if target in OVERLOADS:
+        return OVERLOADS[target]
+    if target._opname in ARGUMENTS:
+        return ARGUMENTS[target._opname]
+    if target._overloadname == "Scalar":
+        return (X, 2)
+    binary = target._overloadname == "Tensor" or target._opname in ("matmul", "maximum", "minimum")
+    return (X, Y) if binary else (X,)
+
+
+@pytest.mark.parametrize(
+    "target", sorted({*INFIX, *METHODS, *FUNCTIONAL, *TORCH_FUNCTIONS}, key=str), ids=str
+)
+def test_calls_the_same_overload(target: Any) -> None:
+    leaves, spec = pytree.tree_flatten(arguments(target))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return [target(*pytree.tree_unflatten(filled, spec))]
+
+    inputs = [leaves[i] for i in places]
+    graph_module = make_fx(call, pre_dispatch=True)(*inputs)
+    operations = [n for n in graph_module.graph.nodes if n.op == "call_function"]
+    assert [n.target for n in operations] == [target]
+    for node in graph_module.graph.nodes:
+        node.meta.setdefault("val", None)
+    run, source = compiled(graph_module)
+    again = make_fx(run, pre_dispatch=True)(*inputs)
+    assert [n.target for n in again.graph.nodes if n.op == "call_function"] == [target], source
+
+
+def test_names_do_not_collide() -> None:
+    from torch.fx import symbolic_trace
+
+    def forward(sum: torch.Tensor, torch_: torch.Tensor) -> Any:
+        return [sum + torch_, sum - torch_]
+
+    graph_module = symbolic_trace(forward)
+    run, source = compiled(graph_module)
+    assert [r.tolist() for r in run(X, Y)] == [(X + Y).tolist(), (X - Y).tolist()], source
