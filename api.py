@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .optimizer.measure import compare
@@ -57,6 +58,8 @@ def apply_passes(
         raise TypeError("the model is a looplift module already; optimize its `.original`")
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_passes takes an nn.Module, not a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("the model is a ScriptModule; optimize its Python source")
     if hasattr(model, "_orig_mod"):
         raise TypeError("the model is compiled already; optimize first: torch.compile("
                         "looplift.apply_passes(model)), or torch.compile(backend='looplift')")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .capture import State
-from .cases import Leaves, attached
+from .cases import Leaves, attached, flat_outputs
 
 
 @dataclass
@@ -50,7 +50,7 @@ def observe(
     try:
         with torch.set_grad_enabled(training):
             result = model(*args, **kwargs)
-        outputs, output_spec = pytree.tree_flatten(result)
+        outputs, output_spec = flat_outputs(result)
         seen.facts["random state"] = torch.get_rng_state().sum().item(), _digest(
             torch.get_rng_state())
         _outputs(seen, outputs, output_spec, held)
@@ -60,7 +60,7 @@ def observe(
         if again:
             with torch.no_grad():
                 leaves = pytree.tree_leaves(model(*args, **kwargs))
-            seen.values |= {f"output {i} of a second call": leaf.detach().clone()
+            seen.values |= {f"output {i} of a second call": _dense(leaf)
                             for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     except Exception as error:
         seen.exception = f"{type(error).__name__}: {error}"
@@ -94,8 +94,7 @@ def _outputs(
         seen.facts[f"what {name} is"] = identities.get(id(leaf))
         if key is not None:
             owners.setdefault(key, name)
-        strided = leaf.layout is torch.strided
-        seen.values[name] = leaf.detach().clone() if strided else leaf.detach().to_dense()
+        seen.values[name] = _dense(leaf)
 
 
 def _visible_strides(tensor: Tensor) -> tuple[int | None, ...]:
@@ -131,6 +130,11 @@ def _gradients(
         if gradient is not None:
             seen.facts[f"dtype of the gradient of {name}"] = gradient.dtype
             seen.values[f"the gradient of {name}"] = gradient.detach()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    strided = tensor.layout is torch.strided
+    return tensor.detach().clone() if strided else tensor.detach().to_dense()
 
 
 def _version(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
 
 from .apply import Seen, visible
-from .cases import copied, flat
+from .cases import copied, flat, flat_outputs
 from .facts import TORCH
 from .normal_form import UnsupportedRegion, normalize
 
@@ -267,7 +267,7 @@ class _Trace:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with swapped(self.model, tensors):
             result = self.model(*args, **kwargs)
-        outputs, self.output_spec = pytree.tree_flatten(result)
+        outputs, self.output_spec = flat_outputs(result)
         self.outputs = len(outputs)
         for leaf in outputs:
             if not isinstance(leaf, (Tensor, *PLAIN)):

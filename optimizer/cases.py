@@ -112,12 +112,12 @@ def _strides_without_overlap(leaf: Tensor) -> tuple[int, ...]:
 
 
 def copied(leaves: Leaves, convert: Callable[[Tensor], Tensor] = as_they_are) -> Leaves:
-    """The leaves with each tensor copied, strides kept, and converted."""
-    return tuple(
-        laid_out_like(leaf, leaf.detach(), convert(leaf.detach()).dtype)
-        if isinstance(leaf, Tensor) else leaf
-        for leaf in leaves
-    )
+    """The leaves with each tensor copied, strides kept, and converted; one given twice, once."""
+    made: dict[int, Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:
+            made[id(leaf)] = laid_out_like(leaf, leaf.detach(), convert(leaf.detach()).dtype)
+    return tuple(made.get(id(leaf), leaf) for leaf in leaves)
 
 
 def attached(leaf: Tensor) -> Tensor:
@@ -126,6 +126,11 @@ def attached(leaf: Tensor) -> Tensor:
         leaf.shape, _strides_without_overlap(leaf), dtype=leaf.dtype, device=leaf.device
     )
     return made.copy_(leaf)
+
+
+def flat_outputs(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """A result's leaves; a torch.Size is one, where pytree would make it a tuple."""
+    return pytree.tree_flatten(result, is_leaf=lambda leaf: isinstance(leaf, torch.Size))
 
 
 def flat(args: Any, kwargs: Any = None) -> tuple[Leaves, pytree.TreeSpec]:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from .affine import progression
 from .builder import Builder
 from .facts import aten, is_op, is_random, is_region_marker, is_tensor, shape, value
+from .interleave import Window, interleaved
 from .reads import Link, lanes
 
 
@@ -548,7 +549,8 @@ class _Assembly:
         end = begins[-1] + width
         if write.width is not None:
             if gap > width:
-                return self._with_gaps(write, moved, begins, gap)
+                window = Window(begins[0], width, len(begins), moved)
+                return interleaved(build, write.start, axis, gap, window)
             sizes = shape(moved)
             moved = build.reshape(
                 moved, [*sizes[:axis], len(begins) * width, *sizes[axis + 2 :]]
@@ -559,23 +561,6 @@ class _Assembly:
         return build.call(
             aten.slice_scatter.default, write.start, moved, axis, begins[0], end, gap
         )
-
-    def _with_gaps(self, write: Write, moved: Node, begins: list[int], gap: int) -> Node:
-        """Windows written with gaps: each but the last is joined with what the buffer has there."""
-        build, axis, base, width = self.build, write.axis, write.start, write.width or 1
-        between = build.slice(base, axis, begins[0] + width, begins[-1])
-        windows = build.call(aten.unfold.default, between, axis, gap - width, gap)
-        kept = build.move(windows, len(shape(windows)) - 1, axis + 1)
-        rounds = len(begins) - 1
-        joined = build.call(aten.cat.default, [build.slice(moved, axis, 0, rounds), kept], axis + 1)
-        sizes = shape(joined)
-        merged = build.reshape(joined, [*sizes[:axis], rounds * gap, *sizes[axis + 2 :]])
-        last = build.call(aten.select.int, moved, axis, rounds)
-        parts = [
-            build.slice(base, axis, 0, begins[0]), merged, last,
-            build.slice(base, axis, begins[-1] + width, shape(base)[axis]),
-        ]
-        return build.call(aten.cat.default, [p for p in parts if shape(p)[axis] > 0], axis)
 
     def _all_steps(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
         match write.source:

@@ -203,7 +203,7 @@ class _Comparison:
         convert = _doubled if double else _unchanged
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
-        again = case.name == FIRST and not training and not double
+        again = case.name == FIRST and not training
         with swapped(model, tensors, strict=False), _in_double(double):
             return observe(model, leaves, self.spec, model_state(model), training, case.seed, again)
 

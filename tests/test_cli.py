@@ -119,7 +119,8 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
     "several models": (VARIANTS, ("@",), 2, (
         "several models (Loop, Doubled, Wrong, Raising)", "FILE:NAME")),
     "no such model": (GOOD, ("@:Other",), 2, ("has no 'Other'; it has Loop",)),
-    "something else than a model": (GOOD + "k = 3\n", ("@:k",), 2, ("k is a int, not a function or class",)),
+    "something else than a model": (GOOD + "k = 3\n", ("@:k",), 2, (
+        "k is a int, not a function or class",)),
     "a function returning something else": (GOOD + "def k(): return 3\n", ("@:k",), 2, (
         "k is a int, not an nn.Module",)),
     "a constructor with arguments": (

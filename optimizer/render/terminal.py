@@ -80,7 +80,7 @@ def _rewrites(mode: ModeReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
     table.add_column("rewrite", style="cyan", no_wrap=True)
     table.add_column("where", no_wrap=True)
-    table.add_column("what")
+    table.add_column("what", overflow="fold")
     table.add_column("worth", justify="right", no_wrap=True)
     for row in mode.rewrites:
         times = f" ({row.count} times)" if row.count > 1 else ""

@@ -301,11 +301,13 @@ def test_less_accurate_programs_differ(pair: Pair) -> None:
     differs(pair)
 
 
-def test_the_published_cumsum_is_less_accurate_before_it_is_nan() -> None:
-    inputs = eigenstate.example_inputs("tiny", length=64)
+def test_the_published_cumsum_differs_in_its_gradient_before_its_output() -> None:
+    """Its output is NaN from a length of about 140 on, its gradient from 66 on."""
+    inputs = eigenstate.example_inputs("tiny", length=72)
     verdict = verify(eigenstate.model("tiny"), eigenstate.as_published_cumsum("tiny"), inputs)
     assert isinstance(verdict, Differs)
-    assert verdict.what == "the accuracy of output 0"
+    assert verdict.what == "the gradient of layers.0.decay"
+    assert verdict.detail == "non-finite in other places"
 
 
 def differs(pair: Pair) -> None:
