@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .affine import progression
 from .builder import Builder
 from .facts import aten, is_op, is_random, is_region_marker, is_tensor, shape, value
-from .interleave import Window, interleaved
+from .interleave import write_windows
 from .reads import Link, lanes
 
 
@@ -549,8 +549,7 @@ class _Assembly:
         end = begins[-1] + width
         if write.width is not None:
             if gap > width:
-                window = Window(begins[0], width, len(begins), moved)
-                return interleaved(build, write.start, axis, gap, window)
+                return build.call(write_windows, write.start, moved, axis, begins[0], gap)
             sizes = shape(moved)
             moved = build.reshape(
                 moved, [*sizes[:axis], len(begins) * width, *sizes[axis + 2 :]]

@@ -8,19 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from .builder import Builder
-from .facts import aten, shape
+from .facts import aten, is_op, shape
 
-MADE = "interleaved"  # under this name a node keeps what it was made from
+
+def write_windows(base: Tensor, values: Tensor, axis: int, begin: int, gap: int) -> Tensor:
+    """`base` with windows written over it, the first at `begin`, `gap` apart, along `axis`.
+
+    `values` has the windows on an axis of their own, right before the one that is written.
+    Stands in a graph only until all loops are folded, and what several of them wrote alternately
+    can be written at once.
+    """
+    width = values.shape[axis + 1]
+    for number, window in enumerate(values.unbind(axis)):
+        start = begin + number * gap
+        base = torch.slice_scatter(base, window, axis, start, start + width)
+    return base
 
 
 @dataclass(frozen=True)
 class Window:
-    """`count` windows, `width` wide, the first at `begin`; `values` has them on an axis of their
-    own, right before the axis that is written."""
+    """`count` windows of `values`, `width` wide, the first at `begin`."""
 
     begin: int
     width: int
@@ -37,18 +51,32 @@ class Interleaved:
     gap: int
     windows: tuple[Window, ...]
 
+    def build(self, build: Builder) -> Node:
+        return _built(build, self)
 
-def interleaved(build: Builder, buffer: Node, axis: int, gap: int, window: Window) -> Node:
-    """`buffer` with `window` written over it; what was written before is taken apart again."""
-    whole = Interleaved(buffer, axis, gap, (window,))
-    earlier = buffer.meta.get(MADE)
-    if isinstance(earlier, Interleaved) and (earlier.axis, earlier.gap) == (axis, gap):
-        both = tuple(sorted((*earlier.windows, window), key=lambda w: w.begin))
-        if fits(both, gap):
-            whole = Interleaved(earlier.base, axis, gap, both)
-    made = _built(build, whole)
-    made.meta[MADE] = whole
-    return made
+
+def last_write(node: Node) -> Interleaved | None:
+    """All that a chain of `write_windows`, of which `node` is the last, writes; else None."""
+    if not is_op(node, write_windows) or any(_continues(user, node) for user in node.users):
+        return None
+    base, _, axis, _, gap = cast(tuple[Node, Node, int, int, int], node.args)
+    windows = [_window(node)]
+    while is_op(base, write_windows) and base.args[2] == axis and base.args[4] == gap:
+        both = sorted([*windows, _window(base)], key=lambda w: w.begin)
+        if not fits(both, gap) or len(base.users) > 1:
+            break
+        windows, base = both, cast(Node, base.args[0])
+    return Interleaved(base, axis, gap, tuple(windows))
+
+
+def _continues(user: Node, node: Node) -> bool:
+    same = is_op(user, write_windows) and user.args[2] == node.args[2]
+    return same and user.args[0] is node and user.args[4] == node.args[4] and len(node.users) == 1
+
+
+def _window(node: Node) -> Window:
+    _, values, axis, begin, _ = cast(tuple[Node, Node, int, int, int], node.args)
+    return Window(begin, shape(values)[axis + 1], shape(values)[axis], values)
 
 
 def fits(windows: Sequence[Window], gap: int) -> bool:

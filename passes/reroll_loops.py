@@ -30,6 +30,7 @@ from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import Facts, Line, aten, is_op, is_tensor, is_view, source_line
 from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, build_scan, fold
+from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
 
@@ -75,7 +76,19 @@ class RerollLoops:
             elif worth_telling(run, repeat.period):
                 reason = f"a loop of {repeat.trips} trips: {found.reason}"
                 yield Skip(self.name, reason, source_line(found.node) or line)
-        yield from self._collections(facts)
+        collected = list(self._collections(facts))
+        yield from collected
+        if not taken and not collected:
+            yield from self._writes(facts)
+
+    def _writes(self, facts: Facts) -> Iterator[Rewrite]:
+        """Windows that loops wrote into a buffer, alternately perhaps → one concatenation."""
+        for node in facts.operations:
+            found = last_write(node)
+            if found is not None:
+                summary = f"{sum(w.count for w in found.windows)} windows → one concatenation"
+                yield Rewrite(self.name, summary, source_line(node), node, (node,),
+                              lambda b, found=found: [found.build(b)])  # type: ignore[misc]
 
     def _fold(self, runs: Sequence[Sequence[Node]], period: int) -> Loop | Misfit:
         """The loop that a run is, cut one way or another: all of it, or without a first or last
