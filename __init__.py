@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .api import compare as compare
     from .api import verify as verify
     from .optimizer.module import OptimizedModule as OptimizedModule
-    from .optimizer.verify import Differs as Differs
-    from .optimizer.verify import Equal as Equal
+    from .optimizer.verdict import Differs as Differs
+    from .optimizer.verdict import Equal as Equal
 
 __version__ = "0.1.0"
 __all__ = ["Differs", "Equal", "OptimizedModule", "apply_passes", "compare", "verify"]
@@ -23,7 +23,7 @@ __all__ = ["Differs", "Equal", "OptimizedModule", "apply_passes", "compare", "ve
 _HOMES = {
     "apply_passes": "api", "verify": "api", "compare": "api",
     "OptimizedModule": "optimizer.module",
-    "Equal": "optimizer.verify", "Differs": "optimizer.verify",
+    "Equal": "optimizer.verdict", "Differs": "optimizer.verdict",
 }
 
 

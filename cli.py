@@ -144,7 +144,7 @@ def verify(
 ) -> None:
     """Whether model B computes the same as model A: values, gradients, behaviour."""
     with errors_explained(), progress(quiet) as step:
-        from .optimizer.verify import Equal
+        from .optimizer.verdict import Equal
         from .optimizer.verify import verify as compare_results
 
         prepare(threads, mode, seed)
@@ -289,7 +289,7 @@ def check_writable(path: Path | None) -> None:
 
 
 def stop_on_failure(fast: OptimizedModule) -> None:
-    from .optimizer.verify import Differs
+    from .optimizer.verdict import Differs
 
     for signature in fast.report.signatures:
         if signature.failure is not None:

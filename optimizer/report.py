@@ -11,7 +11,7 @@ import torch
 
 from .measure import Comparison
 from .select import Declined, Options, Selection
-from .verify import Differs, Equal, NotVerified, Verdict
+from .verdict import Differs, Equal, NotVerified, Verdict
 
 SCHEMA_VERSION = 1
 

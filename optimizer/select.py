@@ -25,7 +25,8 @@ from .measure import (
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
-from .verify import Differs, Equal, NotVerified, Verdict, fresh_state, verify
+from .verdict import Differs, NotVerified, Verdict
+from .verify import fresh_state, verify
 
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
@@ -305,5 +306,3 @@ class _Selecting:
         self.declined += [Declined(name, where, reason) for name, where in groups
                           if name != STRUCTURAL]
 
-
-__all__ = ["Declined", "Equal", "Kept", "Options", "Selection", "select"]

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,83 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .behaviour import Observation, difference, observe
 from .capture import model_state, swapped
 from .cases import FIRST, Case, Leaves, cases, copied, flat, odd_values
+from .double import doubled, in_double
+from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
+from .verdict import Differs, Equal
 
 SAME_FUNCTION = 1e-9  # largest relative difference in float64
 APPROXIMATE = 1e-2  # the same, where the caller allows approximations
 WORSE = 4.0  # times the naive error in the caller's dtype
-SMALL = {True: 1e-3, False: 1e-5}  # of the largest gradient (or output): rounding noise below
 UNUSUAL = 100  # times the tolerance, for very large inputs, which cancel more digits
 NOISE = 1e-3  # of a value's own size in the other cases: rounding noise below
 FLOOR = 16  # units in the last place below which errors are not compared
 ENOUGH_SECONDS = 15.0  # no further case is begun after this long
-
-
-@dataclass(frozen=True)
-class Equal:
-    """No difference was found. `grade` says how much that means.
-
-    `exact`: bit for bit, in the caller's dtype. `same function`: within 1e-9 in float64.
-    `tested`: within the dtype's own rounding only, since float64 could not be run.
-    `approximate`: the caller allowed it; `worst` is the error that it makes.
-    `unproven` lists what was not exercised.
-    """
-
-    grade: str
-    cases: int
-    worst: float
-    error: float
-    naive_error: float
-    unproven: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        counted = "1 case" if self.cases == 1 else f"{self.cases} cases"
-        if self.grade == "exact":
-            return f"exact ({counted})"
-        if self.grade in ("tested", "approximate"):
-            return f"{self.grade} ({counted}), worst error {self.worst:.1e}"
-        return (
-            f"same function (float64 difference {self.worst:.1e}, {counted}; error "
-            f"{self.error:.1e}, naive {self.naive_error:.1e})"
-        )
-
-
-@dataclass(frozen=True)
-class Differs:
-    """A counterexample: in which case, what differs, and by how much."""
-
-    case: str
-    what: str
-    detail: str
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return f"differs in {self.what} ({self.case}): {self.detail}"
-
-
-@dataclass(frozen=True)
-class NotVerified:
-    """No comparison was made, and why."""
-
-    reason: str
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return f"not verified: {self.reason}"
-
-
-Verdict = Equal | Differs | NotVerified
 
 
 def verify(
@@ -200,11 +137,11 @@ class _Comparison:
         return Equal(grade, self.count, worst, self.error, self.naive_error, tuple(unproven))
 
     def _observe(self, model: nn.Module, case: Case, training: bool, double: bool) -> Observation:
-        convert = _doubled if double else _unchanged
+        convert = doubled if double else _unchanged
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
         again = case.name == FIRST and not training
-        with swapped(model, tensors, strict=False), _in_double(double):
+        with swapped(model, tensors, strict=False), in_double(double):
             return observe(model, leaves, self.spec, model_state(model), training, case.seed, again)
 
     def _behaves(
@@ -216,11 +153,11 @@ class _Comparison:
             return Differs(f"{case.name}, {_mode(training)}", *found)
         counts = self._counts(theirs)
         for name, want, got in _pairs(theirs, ours):
-            if not _same_bits(want, got):
+            if not same_bits(want, got):
                 self.exact = False
             gap = relative(want, got, counts[name])
-            epsilon = _epsilon(want)
-            loose = max(4096 * epsilon, APPROXIMATE * self.approximate)
+            rounding = epsilon(want)
+            loose = max(4096 * rounding, APPROXIMATE * self.approximate)
             if (not self.doubles or case.odd) and not name.startswith("the grad") and gap > loose:
                 return Differs(f"{case.name}, {_mode(training)}", name, f"by {gap:.1e}, relatively")
             self.error = max(self.error, gap) if not self.doubles else self.error
@@ -259,18 +196,18 @@ class _Comparison:
             if name not in truths or not theirs.is_floating_point():
                 continue
             before, after = (
-                relative(truths[name], t, SMALL[_kind(name) == "gradient"] ** -1 * counts[name])
+                relative(truths[name], t, SMALL[kind(name) == "gradient"] ** -1 * counts[name])
                 for t in (theirs, own)
             )
             if name.startswith("output") and after >= self.error:
                 self.naive_error, self.error = before, after
             worst = self.errors.get(name, (0.0, 0.0, 0.0))
-            self.errors[name] = (max(worst[0], before), max(worst[1], after), _epsilon(theirs))
+            self.errors[name] = (max(worst[0], before), max(worst[1], after), epsilon(theirs))
 
     def _inaccurate(self) -> Differs | None:
         """The value whose error is several times the naive one's, over all cases, if any."""
-        for name, (before, after, epsilon) in self.errors.items():
-            if after > WORSE * max(before, FLOOR * epsilon) and not self.approximate:
+        for name, (before, after, rounding) in self.errors.items():
+            if after > WORSE * max(before, FLOOR * rounding) and not self.approximate:
                 return Differs("all cases", f"the accuracy of {name}",
                                f"error {after:.1e} against float64, naive {before:.1e}")
         return None
@@ -285,66 +222,6 @@ def _pairs(a: Observation, b: Observation) -> Iterator[tuple[str, Tensor, Tensor
         got = b.values.get(name)
         if isinstance(want, Tensor) and isinstance(got, Tensor):
             yield name, want, got
-
-
-def relative(want: Tensor, got: Tensor, scale: float = 0.0) -> float:
-    """The largest difference of two tensors, relative to their largest value, or to `scale`.
-
-    Where non-finite values are not in the same places the difference is infinite; else they
-    are left out. `scale` is given for a tensor of rounding noise alone, such as the gradient
-    of a key's bias under a softmax, whose own size means nothing.
-    """
-    if want.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
-    one, other = want.to(wide), got.to(wide)
-    finite = torch.isfinite(one) & torch.isfinite(other)
-    if bool((torch.isfinite(one) & ~torch.isfinite(other)).any()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    gap = float((one[finite] - other[finite]).abs().max())
-    own = float(torch.maximum(one[finite].abs().max(), other[finite].abs().max()))
-    return 0.0 if gap == 0.0 else gap / max(own, scale, torch.finfo(torch.float64).tiny)
-
-
-def _same_bits(want: Tensor, got: Tensor) -> bool:
-    one, other = want.nan_to_num(), got.nan_to_num()
-    signs = not want.is_floating_point() or torch.equal(want.signbit(), got.signbit())
-    return signs and torch.equal(one, other)
-
-
-def scales(observation: Observation) -> dict[str, float]:
-    """For each value, the smallest size that counts: a small part of its kind's largest.
-
-    The kinds are outputs, gradients, and state after the call.
-    """
-    largest: dict[str, float] = {}
-    for name, size in sizes(observation).items():
-        largest[_kind(name)] = max(largest.get(_kind(name), 0.0), size)
-    return {
-        name: SMALL[_kind(name) == "gradient"] * largest.get(_kind(name), 0.0)
-        for name in observation.values
-    }
-
-
-def sizes(observation: Observation) -> dict[str, float]:
-    """The largest finite magnitude of each value."""
-    found = {}
-    for name, tensor in observation.values.items():
-        inexact = tensor.is_floating_point() or tensor.is_complex()
-        finite = tensor[torch.isfinite(tensor)] if inexact else tensor.flatten()[:0]
-        found[name] = float(finite.abs().max()) if finite.numel() else 0.0
-    return found
-
-
-def _kind(name: str) -> str:
-    return "gradient" if name.startswith("the gradient") else name.split(" ")[0]
-
-
-def _epsilon(tensor: Tensor) -> float:
-    inexact = tensor.is_floating_point() or tensor.is_complex()
-    return torch.finfo(tensor.dtype).eps if inexact else 0.0
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -370,41 +247,3 @@ def fresh_state(
         made = made.detach().clone(memory_format=torch.preserve_format)
         replaced[id(own)] = made.requires_grad_(own.requires_grad)
     return replaced
-
-
-WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
-         torch.complex64: torch.complex128}
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
-
-
-class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes in float64 also where a program names a narrower dtype."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in WIDER:
-            kwargs["dtype"] = WIDER[kwargs["dtype"]]
-        wide = pytree.tree_map_only(torch.dtype, lambda d: WIDER.get(d, d), args)
-        result = func(*wide, **kwargs)
-        narrow = isinstance(result, Tensor) and result.dtype in WIDER
-        if narrow and not func._schema.is_mutable and not any(map(_is_narrow, args)):
-            return _doubled(result)
-        return result
-
-
-def _is_narrow(leaf: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.dtype in WIDER for t in pytree.tree_leaves(leaf))
-
-
-@contextlib.contextmanager
-def _in_double(double: bool) -> Iterator[None]:
-    if not double:
-        yield
-        return
-    with _Doubling(), torch.autocast("cpu", enabled=False):  # type: ignore[no-untyped-call]
-        yield

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..optimizer.assemble import build_scan
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
-from ..optimizer.facts import Facts, Line, aten, is_op, is_tensor, is_view, source_line
-from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, build_scan, fold
+from ..optimizer.facts import Facts, Line, aten, is_op, is_scan, is_tensor, is_view, source_line
+from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
@@ -55,6 +56,7 @@ class RerollLoops:
         taken: list[range] = []
         folded: set[Node] = set()
         needed: set[Node] = set()
+        told: set[Line | None] = set()
         for repeat in repeats(tokens(operations), self.least_trips):
             span = range(repeat.start, repeat.stop)
             if any(span.start < t.stop and t.start < span.stop for t in taken):
@@ -75,11 +77,27 @@ class RerollLoops:
                 yield self._rewrite(found, line)
             elif worth_telling(run, repeat.period):
                 reason = f"a loop of {repeat.trips} trips: {found.reason}"
+                told.update(source_line(n) for n in run)
                 yield Skip(self.name, reason, source_line(found.node) or line)
         collected = list(self._collections(facts))
         yield from collected
         if not taken and not collected:
-            yield from self._writes(facts)
+            writes = list(self._writes(facts))
+            yield from writes
+            if not writes:
+                yield from self._leftovers(facts, told)
+
+    def _leftovers(self, facts: Facts, told: set[Line | None]) -> Iterator[Skip]:
+        """Lines that ran several times and are no loop with steps that are all alike: why not."""
+        ran: dict[tuple[Line, Any], list[Node]] = {}
+        for node in facts.operations:
+            line = source_line(node)
+            if line is not None and worth_folding(node) and "rewritten_by" not in node.meta:
+                ran.setdefault((line, node.target), []).append(node)
+        for (line, _), nodes in ran.items():
+            if len(nodes) >= self.least_trips and line not in told and not is_scan(nodes[0]):
+                told.add(line)
+                yield Skip(self.name, f"{len(nodes)} steps: {difference(nodes)}", line)
 
     def _writes(self, facts: Facts) -> Iterator[Rewrite]:
         """Windows that loops wrote into a buffer, alternately perhaps → one concatenation."""
@@ -186,6 +204,18 @@ def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]
 def first_line(run: Sequence[Node]) -> Line | None:
     """The first line of the user's file in a loop's body."""
     return min((ln for n in run if (ln := source_line(n)) is not None), default=None)
+
+
+def difference(nodes: Sequence[Node]) -> str:
+    """In what operations of one line differ."""
+    parameters = [{s for s in n.all_input_nodes if s.meta.get("state")} for n in nodes]
+    if len({str(n.meta.get("val")) for n in nodes}) > 1:
+        return "they work on different sizes (a triangular loop)"
+    if any(own != parameters[0] for own in parameters):
+        return "each uses parameters of its own"
+    if len({token(n) for n in nodes}) > 1:
+        return "a number given to them varies in a way that no scan can read"
+    return "what lies between them is not the same in every step"
 
 
 def worth_folding(node: Node) -> bool:

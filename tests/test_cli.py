@@ -634,16 +634,14 @@ def test_the_installed_command(file: Path) -> None:
 # Known bugs
 
 
-@known_bug("looking up a ScriptModule's state raises AttributeError, an internal error")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_a_script_module(run: Run) -> None:
     result = run(IMPORTS + "def model(): return torch.jit.script(nn.Linear(3, 3))\n" + INPUTS, "@",
                  *FAST)
-    assert result.exit_code == 4
+    assert result.exit_code == 2
     assert "is a ScriptModule" in result.stderr
 
 
-@known_bug("at 80 columns a word that doesn't fit is cut with an ellipsis: `self.cell(x[:,`")
 def test_source_lines_are_told_in_full(run: Run) -> None:
     stdout = run(GOOD, "@", *FAST, env={"COLUMNS": "80"}).stdout
     assert "torch.tanh(self.cell(x[:,t]))" in re.sub(r"\s+", "", stdout)

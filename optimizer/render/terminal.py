@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..measure import Comparison
 from ..report import ModeReport, Report, SignatureReport
-from ..verify import Equal
+from ..verdict import Equal
 
 
 def as_rich(report: Report) -> RenderableType:

@@ -224,7 +224,17 @@ def autocast_inside(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def triangular(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([x[:, : t + 1].sum(1) for t in range(x.shape[1])], 1)
+
+
+def rolled(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([torch.roll(x.exp(), t, 0) for t in range(x.shape[1])], 1)
+
+
 @pytest.mark.parametrize(("forward", "reason"), [
+    (triangular, "6 steps: they work on different sizes (a triangular loop)"),
+    (rolled, "6 steps: a number given to them varies"),
     (dropout, "a random operation runs in every trip"),
     (own_parameters, "each trip uses parameters of its own"),
 ])

@@ -1,0 +1,249 @@
+"""A loop that was found → the scan that runs it, in the graph around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .builder import Builder
+from .facts import aten, is_tensor, shape, value
+from .fold import WITH_TENSOR, Carried, Constant, Invariant, Local, Loop, Source, Varying, Write
+from .interleave import write_windows
+from .reads import lanes
+
+
+def build_scan(loop: Loop, build: Builder) -> dict[Node, Node]:
+    """Insert the scan of `loop`; maps each node used outside the loop to what replaces it."""
+    return _Assembly(loop, build).run()
+
+
+class _Assembly:
+    """Builds the body and the arguments of a loop's scan."""
+
+    def __init__(self, loop: Loop, build: Builder) -> None:
+        self.loop, self.build = loop, build
+        self.graph, self.holder = Graph(), torch.nn.Module()
+        self.heads: dict[str, list[tuple[Any, Node]]] = {"carry": [], "slice": [], "invariant": []}
+        self.carries: dict[tuple[int, tuple[Node, ...]], Node] = {}
+        self.known: dict[Any, Node] = {}
+        self.made: dict[int, Node] = {}
+
+    def run(self) -> dict[Node, Node]:
+        loop, stretch = self.loop, self.loop.stretch
+        self._declare_carries()
+        for place in self._needed():
+            node = stretch.operations[stretch.period + place]
+            self.made[place] = (
+                self._lane(place) if place in loop.reads else self._operation(place, node)
+            )
+        outputs = [self._next(place, start) for place, start in self.carries]
+        finals, steps = self._results()
+        if not self.heads["slice"]:
+            index = self.build.call(
+                aten.arange.default, loop.trips, dtype=torch.int64, device=self._device()
+            )
+            self._head("slice", index, torch.empty((), dtype=torch.int64), index)
+        ordered = [n for kind in self.heads.values() for _, n in kind]
+        body = self._finish(ordered, outputs + [self._step_value(s) for s in steps])
+        results = self.build.scan(body, *[[a for a, _ in kind] for kind in self.heads.values()])
+        lanes_at = dict(zip(steps, results[len(self.carries):], strict=True))
+        return self._replacements(finals, lanes_at, results)
+
+    def _device(self) -> torch.device:
+        return next(value(n).device for n in self.loop.stretch.operations if is_tensor(n))
+
+    def _head(self, kind: str, outer: Node, like: torch.Tensor, key: Any) -> Node:
+        """A placeholder of the body, bound to the node `outer` of the graph around it."""
+        if key not in self.known:
+            node = self.graph.placeholder(f"{kind}_{len(self.heads[kind])}")
+            node.meta["val"] = like
+            self.known[key] = node
+            self.heads[kind].append((outer, node))
+        return self.known[key]
+
+    def _needed(self) -> list[int]:
+        """The places whose results the body must compute, in order."""
+        loop = self.loop
+        wanted = [w.source.place for w in loop.writes.values()
+                  if isinstance(w.source, (Local, Carried))]
+        wanted += [p for p in loop.outside if p not in loop.writes]
+        wanted += [s.place for p in range(loop.stretch.period) if p not in loop.writes
+                   for s in loop.sources[p] if isinstance(s, Carried)]
+        needed: set[int] = set()
+        while wanted:
+            place = wanted.pop()
+            if place in needed:
+                continue
+            needed.add(place)
+            if place not in loop.reads:
+                wanted += [s.place for s in loop.sources[place] if isinstance(s, (Local, Carried))]
+        return sorted(needed)
+
+    def _declare_carries(self) -> None:
+        for place in self._needed():
+            if place in self.loop.reads:
+                continue
+            for source in self.loop.sources[place]:
+                if isinstance(source, Carried):
+                    for distance in range(1, len(source.start) + 1):
+                        self._carry(source.place, source.start[-distance:])
+        for write in self.loop.writes.values():
+            if isinstance(write.source, Carried):
+                for distance in range(1, len(write.source.start) + 1):
+                    self._carry(write.source.place, write.source.start[-distance:])
+
+    def _carry(self, place: int, start: tuple[Node, ...]) -> Node:
+        """The value of operation `place`, `len(start)` steps back."""
+        key = (place, start)
+        if key not in self.carries:
+            node = self.graph.placeholder(f"carry_{len(self.carries)}")
+            node.meta["val"] = value(start[0])
+            self.carries[key] = node
+            self.heads["carry"].append((start[0], node))
+        return self.carries[key]
+
+    def _next(self, place: int, start: tuple[Node, ...]) -> Node:
+        """What the next step sees of a carry: the result itself, or the carry one step nearer."""
+        return self.made[place] if len(start) == 1 else self.carries[(place, start[1:])]
+
+    def _lane(self, place: int) -> Node:
+        links, base = self.loop.reads[place], self.loop.read_base[place]
+        key = (base, tuple(links))
+        if key in self.known:
+            return self.known[key]
+        stacked = lanes(self.build, base, links)
+        return self._head("slice", stacked, value(self.loop.stretch.operations[place]), key)
+
+    def _operation(self, place: int, node: Node) -> Node:
+        leaves = [self._argument(node, s) for s in self.loop.sources[place]]
+        args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
+        target: Any = node.target
+        if isinstance(dict(enumerate(self.loop.sources[place])).get(1), Varying):
+            target = WITH_TENSOR.get(target, target)
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta = dict(node.meta.items())
+        return made
+
+    def _argument(self, node: Node, source: Source) -> Any:
+        match source:
+            case Constant(held):
+                return held
+            case Local(place):
+                return self.made[place]
+            case Carried(place, start):
+                return self._carry(place, start)
+            case Invariant(outer) if not is_tensor(outer):
+                return self._inner_body(outer)
+            case Invariant(outer):
+                return self._head("invariant", outer, value(outer), outer)
+            case Varying(items):
+                return self._table(node, items)
+
+    def _inner_body(self, outer: Node) -> Node:
+        """The body of a scan inside the loop, held by the loop's own body."""
+        if outer not in self.known:
+            held = self.build.graph_module.get_submodule(str(outer.target))
+            self.holder.add_module(str(outer.target), held)
+            self.known[outer] = self.graph.get_attr(str(outer.target))
+        return self.known[outer]
+
+    def _table(self, node: Node, items: tuple[Any, ...]) -> Node:
+        """A schedule: one number, or one constant tensor, for each step."""
+        key = ("table", items)
+        if key in self.known:
+            return self.known[key]
+        if isinstance(items[0], Node):
+            held = self.build.call(aten.stack.default, list(items))
+            return self._head("slice", held, value(items[0]), key)
+        # Python floats are doubles, and as 0-d tensors they promote nothing either
+        floating = any(isinstance(i, float) for i in items)
+        dtype = torch.float64 if floating else torch.int64
+        held = self.build.table(items, value(node).device, dtype)
+        return self._head("slice", held, value(held)[0], key)
+
+    def _step_value(self, source: Local | Carried) -> Node:
+        if isinstance(source, Local):
+            return self.made[source.place]
+        return self._carry(source.place, source.start)
+
+    def _results(self) -> tuple[dict[int, Node], list[Local | Carried]]:
+        """Which results leave the loop as final carries, and what leaves it for every step."""
+        finals: dict[int, Node] = {}
+        steps: list[Local | Carried] = []
+        for place, used in self.loop.outside.items():
+            if place in self.loop.writes:
+                continue
+            nearest = [k for k in self.carries if k[0] == place and len(k[1]) == 1]
+            if used == [self.loop.trips - 1] and nearest:
+                finals[place] = self.carries[nearest[0]]
+            else:
+                steps.append(Local(place))
+        for write in self.loop.writes.values():
+            if isinstance(write.source, (Local, Carried)) and write.source not in steps:
+                steps.append(write.source)
+        return finals, steps
+
+    def _finish(self, heads: list[Node], outputs: list[Node]) -> GraphModule:
+        """The body, its placeholders in the order carries, slices, invariants."""
+        ordered = Graph()
+        moved: dict[Node, Node] = {}
+        for node in [*heads, *(n for n in self.graph.nodes if n.op != "placeholder")]:
+            moved[node] = ordered.node_copy(node, moved.__getitem__)
+        ordered.output(tuple(moved[n] for n in outputs))
+        return GraphModule(self.holder, ordered)
+
+    def _replacements(
+        self, finals: dict[int, Node], lanes_at: dict[Local | Carried, Node], results: list[Node]
+    ) -> dict[Node, Node]:
+        loop, build = self.loop, self.build
+        replaced: dict[Node, Node] = {}
+        carry_order = list(self.carries.values())
+        for place, used in loop.outside.items():
+            column = loop.stretch.column(place)
+            if place in loop.writes:
+                replaced[column[-1]] = self._written(loop.writes[place], lanes_at)
+            elif place in finals:
+                replaced[column[-1]] = results[carry_order.index(finals[place])]
+            else:
+                for trip in used:
+                    replaced[column[trip]] = build.call(
+                        aten.select.int, lanes_at[Local(place)], 0, trip
+                    )
+        return replaced
+
+    def _written(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
+        """The buffer after all steps, from the per-step values stacked on axis 0."""
+        build, axis = self.build, write.axis
+        stacked = self._all_steps(write, lanes_at)
+        begins = list(write.begins)
+        if begins[1] < begins[0]:
+            stacked, begins = build.call(aten.flip.default, stacked, [0]), begins[::-1]
+        moved = build.move(stacked, 0, axis)
+        gap, width = begins[1] - begins[0], write.width or 1
+        end = begins[-1] + width
+        if write.width is not None:
+            if gap > width:
+                return build.call(write_windows, write.start, moved, axis, begins[0], gap)
+            sizes = shape(moved)
+            moved = build.reshape(
+                moved, [*sizes[:axis], len(begins) * width, *sizes[axis + 2 :]]
+            )
+            gap = 1
+        if (begins[0], gap, end) == (0, 1, shape(write.start)[axis]):
+            return build.call(aten.contiguous.default, moved)
+        return build.call(
+            aten.slice_scatter.default, write.start, moved, axis, begins[0], end, gap
+        )
+
+    def _all_steps(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
+        match write.source:
+            case Local() | Carried():
+                return lanes_at[write.source]
+            case Invariant(outer):
+                sizes = [self.loop.trips, *shape(outer)]
+                return self.build.call(aten.expand.default, outer, sizes)
+            case _:
+                raise AssertionError("`_find_write` takes no other source")
