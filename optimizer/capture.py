@@ -13,7 +13,7 @@ import copy
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
 
@@ -87,6 +87,7 @@ class Capture:
     constants: dict[int, Any]
     seen: tuple[Seen, ...]
     fake_mode: FakeTensorMode
+    begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
 
 
 def underlying(model: nn.Module) -> nn.Module:

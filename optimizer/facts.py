@@ -181,6 +181,12 @@ class Facts:
         return {node: position for position, node in enumerate(self.nodes)}
 
     @cached_property
+    def is_body(self) -> bool:
+        """Whether this is the body of a scan, not the model's own graph."""
+        heads = [n.name for n in self.nodes if n.op == "placeholder"]
+        return any(h.startswith(("carry_", "slice_", "invariant_")) for h in heads)
+
+    @cached_property
     def operations(self) -> list[Node]:
         """The nodes that compute something, in program order, outside autocast regions."""
         return [n for n in outside_regions(self.nodes) if n.op == "call_function"]

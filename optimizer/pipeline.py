@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
+from torch.nn import Module
 
 from .apply import apply, merge_equal, restore
 from .capture import Capture
@@ -37,6 +38,10 @@ class Outcome:
     applied: list[Applied] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
 
+    def summary(self, group: Group) -> str:
+        """What the rewrites of a group did, the first of them."""
+        return next((a.summary for a in self.applied if a.group == group), "")
+
     @property
     def groups(self) -> list[Group]:
         return list(dict.fromkeys(a.group for a in self.applied))
@@ -47,17 +52,41 @@ def run_passes(
     allow_approximate: bool = False,
 ) -> Outcome:
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
-    graph_module = GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
-    outcome = Outcome(graph_module)
+    passes = tuple(passes)
+    first = (passes[:1], frozenset(g for g in excluded if passes and g[0] == passes[0].name))
+    if first not in captured.begun:  # the whole unrolled graph is worked on once
+        outcome = Outcome(duplicate(captured.graph_module))
+        _run(outcome, captured, passes[:1], excluded, allow_approximate)
+        captured.begun[first] = outcome
+    begun = captured.begun[first]
+    outcome = Outcome(duplicate(begun.graph_module), list(begun.applied), list(begun.skips))
+    _run(outcome, captured, passes[1:], excluded, allow_approximate)
+    merge_equal(outcome.graph_module)
+    restore(outcome.graph_module, captured.seen, captured.fake_mode)
+    return outcome
+
+
+def duplicate(graph_module: GraphModule) -> GraphModule:
+    """A copy of a graph and of the bodies of its scans; constants are shared."""
+    holder = Module()
+    for name, held in graph_module.named_children():
+        holder.add_module(name, duplicate(held) if isinstance(held, GraphModule) else held)
+    for name, constant in graph_module.named_buffers(recurse=False):
+        holder.register_buffer(name, constant, persistent=False)
+    return GraphModule(holder, copy.deepcopy(graph_module.graph))
+
+
+def _run(
+    outcome: Outcome, captured: Capture, passes: Sequence[Pass], excluded: frozenset[Group],
+    allow_approximate: bool,
+) -> None:
+    graph_module = outcome.graph_module
     for one in passes:
         done: set[GraphModule] = set()
         while todo := [g for g in all_graphs(graph_module) if g not in done]:
             graph = todo[-1]  # bodies before the loops around them
             done.add(graph)
             _run_pass(one, graph, captured, excluded, allow_approximate, outcome)
-    merge_equal(graph_module)
-    restore(graph_module, captured.seen, captured.fake_mode)
-    return outcome
 
 
 def _run_pass(

@@ -29,6 +29,7 @@ from .verdict import Differs, NotVerified, Verdict
 from .verify import fresh_state, verify
 
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
+LARGE = 5000  # nodes: a graph of more is not run unrolled to see what re-rolling it is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
 MOST_COUNTEREXAMPLES = 8
 
@@ -270,7 +271,7 @@ class _Selecting:
             variant = self._rewrite(frozenset(groups))
             return self._weigh(self._module(variant) if variant.applied else self.model)
 
-        return min(bundles.values(), key=without)
+        return min(bundles.values(), key=without, default=outcome.groups)
 
     def _weigh(self, module: nn.Module) -> int:
         run = call(module, self.args, self.kwargs, self.mode == "training")
@@ -278,7 +279,9 @@ class _Selecting:
 
     def _bundles(self, outcome: Outcome) -> dict[str, list[Group]]:
         """Groups to try leaving out together, by a name to show."""
-        groups = [g for g in outcome.groups if g[0] != STRUCTURAL]
+        large = len(self.captured.graph_module.graph.nodes) > LARGE
+        groups = [g for g in outcome.groups
+                  if g[0] != STRUCTURAL and not (large and "scan" in outcome.summary(g))]
         if len(groups) <= MOST_GROUPS:
             return {f"{name} at {where}": [(name, where)] for name, where in groups}
         return {name: [g for g in groups if g[0] == name] for name, _ in groups}

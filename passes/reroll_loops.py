@@ -42,6 +42,8 @@ PLACED = (
 
 
 MOST_CUTS = 4
+LOOKS_REPEATED = 6  # operations of one kind at one line: more than an expression has
+BETWEEN = "what lies between them is not the same in every step"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RerollLoops:
         if not taken and not collected:
             writes = list(self._writes(facts))
             yield from writes
-            if not writes:
+            if not writes and not facts.is_body:
                 yield from self._leftovers(facts, told)
 
     def _leftovers(self, facts: Facts, told: set[Line | None]) -> Iterator[Skip]:
@@ -94,10 +96,12 @@ class RerollLoops:
             line = source_line(node)
             if line is not None and worth_folding(node) and "rewritten_by" not in node.meta:
                 ran.setdefault((line, node.target), []).append(node)
+        reasons: dict[Line, list[str]] = {}
         for (line, _), nodes in ran.items():
-            if len(nodes) >= self.least_trips and line not in told and not is_scan(nodes[0]):
-                told.add(line)
-                yield Skip(self.name, f"{len(nodes)} steps: {difference(nodes)}", line)
+            if len(nodes) >= LOOKS_REPEATED and line not in told and not is_scan(nodes[0]):
+                reasons.setdefault(line, []).append(f"{len(nodes)} steps: {difference(nodes)}")
+        for line, found in reasons.items():  # the telling ones first
+            yield Skip(self.name, min(found, key=lambda reason: BETWEEN in reason), line)
 
     def _writes(self, facts: Facts) -> Iterator[Rewrite]:
         """Windows that loops wrote into a buffer, alternately perhaps → one concatenation."""
@@ -209,13 +213,13 @@ def first_line(run: Sequence[Node]) -> Line | None:
 def difference(nodes: Sequence[Node]) -> str:
     """In what operations of one line differ."""
     parameters = [{s for s in n.all_input_nodes if s.meta.get("state")} for n in nodes]
-    if len({str(n.meta.get("val")) for n in nodes}) > 1:
+    if len({str([s.meta.get("val") for s in (n, *n.all_input_nodes)]) for n in nodes}) > 1:
         return "they work on different sizes (a triangular loop)"
     if any(own != parameters[0] for own in parameters):
         return "each uses parameters of its own"
     if len({token(n) for n in nodes}) > 1:
         return "a number given to them varies in a way that no scan can read"
-    return "what lies between them is not the same in every step"
+    return BETWEEN
 
 
 def worth_folding(node: Node) -> bool:
