@@ -6,6 +6,7 @@ from ..optimizer.rewrite import Pass
 from .approximate_gelu import ApproximateGelu
 from .batch_timesteps import BatchTimesteps
 from .fuse_attention import FuseAttention
+from .fuse_multiply_add import FuseMultiplyAdd
 from .lower_einops import LowerEinops
 from .lower_scans import LowerScans
 from .reroll_loops import RerollLoops
@@ -19,6 +20,7 @@ ORDER: tuple[Pass, ...] = (
     SliceIndices(),  # tables that stood in loops are in the open now
     LowerEinops(),  # after batching, which keeps an einsum one einsum
     FuseAttention(),  # attention over heads or windows that stood in loops is whole now
+    FuseMultiplyAdd(),  # after attention, whose mask is an addition
     ApproximateGelu(),  # one gelu over all steps, not one for each
     LowerScans(),  # last: what is still a scan runs as a loop
 )

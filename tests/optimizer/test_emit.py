@@ -22,7 +22,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "slice_scatter": (X, Y[:1], 0, 0, 1), "select_scatter": (X, Y[0], 0, 1),
     "index_select": (X, 0, torch.tensor([1])), "embedding": (X, torch.tensor([1])),
     "full_like": (X, 2.0), "rsub": (X, 1), "baddbmm": (X[None], X[None], Y[None]),
-    "clamp": (X, 0, 1), "contiguous": (X.t(),),
+    "clamp": (X, 0, 1), "contiguous": (X.t(),), "addcmul": (X, X, Y),
 }
 OVERLOADS: dict[Any, tuple[Any, ...]] = {
     torch.ops.aten.sum.dim_IntList: (X, [0]), torch.ops.aten.mean.dim: (X, [0]),

@@ -16,6 +16,7 @@ from looplift.optimizer.facts import aten, is_op
 from looplift.optimizer.loop import plain_loop
 from looplift.passes.approximate_gelu import ApproximateGelu
 from looplift.passes.fuse_attention import FuseAttention
+from looplift.passes.fuse_multiply_add import FuseMultiplyAdd
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -125,3 +126,44 @@ def test_projections_run_once_whatever_the_length(length: int, run: Any) -> None
     outcome = run(eigenstate.model("tiny"), inputs)
     linears = [n for n in outcome.graph_module.graph.nodes if is_op(n, aten.linear.default)]
     assert len(linears) == 8 or length == 2  # two trips are no evidence of a loop
+
+
+class Sums(nn.Module):
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x + a * b - b * x
+
+
+class SharedProduct(nn.Module):
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        product = a * b
+        return x + product, product
+
+
+def test_multiply_add_fires(run: Any, golden: Any) -> None:
+    outcome = run(Sums(), triple(3, 4), [FuseMultiplyAdd()])
+    assert [a.summary for a in outcome.applied] == ["x + a·b → addcmul", "x - a·b → addcmul"]
+    golden("fuse_multiply_add", outcome)
+
+
+def test_multiply_add_skips(run: Any) -> None:
+    outcome = run(SharedProduct(), triple(3, 4), [FuseMultiplyAdd()])
+    assert outcome.applied == []
+    assert outcome.skips[0].reason == "the product in a sum is read elsewhere too"
+    whole = tuple(torch.arange(3) for _ in range(3))
+    assert run(Sums(), whole, [FuseMultiplyAdd()]).applied == []
+
+
+@settings(max_examples=6, deadline=None)
+@given(shapes=st.lists(st.sampled_from([(), (1,), (3,), (2, 1), (2, 3), (0,)]), min_size=3,
+                       max_size=3), dtype=st.sampled_from([torch.float32, torch.complex64]))
+def test_multiply_add_same_values(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    if (0,) in shapes and ((3,) in shapes or (2, 3) in shapes):
+        return
+    inputs = tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+    fast = looplift.apply_passes(Sums(), inputs, measure=False)
+    reasons = [d["reason"] for d in fast.report.to_dict()["declined"]]
+    assert not [r for r in reasons if "differs in the" in r or "could not" in r], reasons
+
+
+def test_multiply_add_keeps_the_contract(keeps_contract: Any) -> None:
+    keeps_contract(Sums(), triple(3, 4))

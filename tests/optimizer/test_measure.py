@@ -1,0 +1,50 @@
+"""Measurement: complete, plausible, and without a trace on what it measures."""
+
+from __future__ import annotations
+
+import looplift
+import torch
+from looplift.optimizer.measure import interleaved, keep_freed_memory, peak_memory
+from torch import nn
+
+
+def test_peak_memory_counts_what_is_held_at_a_time() -> None:
+    x = torch.randn(1 << 18)  # 1 MiB
+
+    def run() -> None:
+        a = x.exp()
+        b = a + 1
+        del a
+        b.mul(2)
+
+    peak = peak_memory(run, torch.device("cpu"))
+    assert 2 << 20 <= peak < (2 << 20) + 4096
+
+
+def test_peak_memory_sees_the_backward() -> None:
+    x = torch.randn(1 << 18, requires_grad=True)
+    forward = peak_memory(lambda: x.exp().detach_(), torch.device("cpu"))
+    both = peak_memory(lambda: torch.autograd.grad(x.exp().sum(), x), torch.device("cpu"))
+    assert both > forward
+
+
+def test_interleaved_compares_all_with_the_first() -> None:
+    x = torch.randn(64, 64)
+    found = interleaved({"one": lambda: x @ x, "two": lambda: x @ x @ x}, rounds=3, seconds=0.05)
+    assert [t.name for t in found.timings] == ["one", "two"]
+    assert found["one"].ratio == 1.0
+    assert found.noise >= 0
+    assert found["two"].low <= found["two"].ratio <= found["two"].high
+
+
+def test_compare_has_both_modes_and_memory() -> None:
+    a, b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    found = looplift.compare(a, b, (torch.randn(3, 4),), rounds=3, seconds=0.02)
+    assert [c.mode for c in found] == ["inference", "training"]
+    assert all(t.memory is not None for c in found for t in c.timings)
+    assert a.weight.grad is None
+
+
+def test_the_allocator_setting_is_harmless() -> None:
+    keep_freed_memory()
+    assert torch.ones(3).sum().item() == 3

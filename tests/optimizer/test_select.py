@@ -1,0 +1,151 @@
+"""Selection: what differs, loses or needs too much memory is dropped, with its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import looplift
+import pytest
+import torch
+from looplift.optimizer import select
+from looplift.optimizer.builder import Builder
+from looplift.optimizer.facts import Facts, aten, is_op, source_line
+from looplift.optimizer.measure import Comparison, Timing
+from looplift.optimizer.rewrite import Rewrite, Skip
+from looplift.passes import ORDER
+from torch import Tensor, nn
+from torch.fx import Node
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + self.enter(x[:, t]))
+            outputs.append(h)
+        return torch.stack(outputs, 1).exp()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Replaces `exp` by something else."""
+
+    make: Callable[[Builder, Node], Node]
+    name: ClassVar[str] = "change"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        for node in facts.operations:
+            if is_op(node, aten.exp.default) and "rewritten_by" not in node.meta:
+
+                def build(builder: Builder, node: Node = node) -> list[Node]:
+                    return [self.make(builder, node)]
+
+                yield Rewrite(self.name, "exp → other", source_line(node), node, (node,), build)
+
+
+def wrong(build: Builder, node: Node) -> Node:
+    return build.call(aten.exp2.default, node.args[0])
+
+
+def same(build: Builder, node: Node) -> Node:
+    return build.call(aten.exp.default, node.args[0])
+
+
+def other_shape(build: Builder, node: Node) -> Node:
+    return build.call(aten.select.int, node.args[0], 0, 0)
+
+
+def raises(build: Builder, node: Node) -> Node:
+    raise RuntimeError("not today")
+
+
+def optimized(*passes: Any, **options: Any) -> dict[str, Any]:
+    fast = looplift.apply_passes(Loop(), (torch.randn(2, 5, 3),), passes=(*ORDER, *passes),
+                                 mode="inference", **options)
+    return fast.report.to_dict()
+
+
+def test_a_wrong_pass_is_dropped_and_the_others_are_kept() -> None:
+    told = optimized(Change(wrong), measure=False)
+    assert {r["pass_name"] for r in told["rewrites"]} == {
+        "reroll-loops", "batch-timesteps", "lower-scans",
+    }
+    reasons = [d["reason"] for d in told["declined"] if d["pass_name"] == "change"]
+    assert len(reasons) == 1
+    assert "differs in output 0 (given inputs, inference" in reasons[0]
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (other_shape, "ContractError: change replaced torch.float32[2, 5, 3] by torch.float32[5, 3]"),
+    (raises, "could not be built (RuntimeError: not today)"),
+])
+def test_a_pass_that_breaks_is_declined(
+    make: Callable[[Builder, Node], Node], reason: str
+) -> None:
+    told = optimized(Change(make), measure=False)
+    assert any(reason in d["reason"] for d in told["declined"])
+    assert told["rewrites"]
+
+
+def timed(ratios: Mapping[str, float]) -> Callable[..., Comparison]:
+    """In place of the measurement: candidates whose name holds a key are that much faster."""
+
+    def interleaved(candidates: Mapping[str, Any], *, mode: str = "", **_: Any) -> Comparison:
+        timings = []
+        for name in candidates:
+            ratio = next((r for key, r in ratios.items() if key in name), 1.0)
+            timings.append(Timing(name, 1 / ratio, ratio, ratio, ratio, ratio))
+        return Comparison(mode, tuple(timings), 0.01, 5, 1)
+
+    return interleaved
+
+
+def test_a_rewrite_that_loses_is_dropped_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0, "change": 1.5}))
+    told = optimized(Change(same))
+    assert "change" not in {r["pass_name"] for r in told["rewrites"]}
+    reasons = [d["reason"] for d in told["declined"] if d["pass_name"] == "change"]
+    assert reasons == ["loses: the model is 1.50x faster without it"]
+
+
+def test_worth_is_the_time_without_over_the_time_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0, "batch": 0.5}))
+    worth = {r["pass_name"]: r["worth"] for r in optimized()["rewrites"]}
+    assert worth["batch-timesteps"] == 2.0
+    assert worth["lower-scans"] is None
+
+
+def test_nothing_is_kept_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "interleaved", timed({}))
+    model, x = Loop(), torch.randn(2, 5, 3)
+    fast = looplift.apply_passes(model, (x,), mode="inference")
+    told = fast.report.to_dict()
+    assert told["rewrites"] == []
+    assert any("no gain: 1.00x naive" in d["reason"] for d in told["declined"])
+    assert fast.code == ""
+    assert torch.equal(fast(x), model(x))
+
+
+def test_what_needs_too_much_memory_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0}))
+    weights = {"Loop": 10_000_000, "Rewritten": 20_000_000}
+    monkeypatch.setattr(select._Selecting, "_weigh",
+                        lambda self, module: weights[type(module).__name__])
+    told = optimized()
+    assert told["rewrites"] == []
+    assert any("needs 2.00x the naive peak memory (allowed: 1.25x)" in d["reason"]
+               for d in told["declined"])
+    kept = optimized(memory_budget=3.0)
+    assert kept["rewrites"]
+
+
+def test_a_busy_machine_is_judged_by_its_best_rounds() -> None:
+    timing = Timing("looplift", 1.0, 0.7, 0.5, 2.0, 1.9)
+    assert Comparison("inference", (timing,), 0.3, 5, 2).gain("looplift") == 1.9
+    assert Comparison("inference", (timing,), 0.01, 5, 2).gain("looplift") == 0.7
