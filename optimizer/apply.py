@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .builder import Builder, output_node, placeholders
-from .facts import aten, is_pure, is_tensor, source_line, value
+from .facts import SUPERSEDED, aten, is_pure, is_tensor, source_line, value
 from .normal_form import propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
 
@@ -54,6 +54,8 @@ def _carry_out(graph_module: GraphModule, rewrite: Rewrite, mode: FakeTensorMode
         _check(rewrite, old, new)
     for old, new in made:
         old.replace_all_uses_with(new)
+    for old in rewrite.supersedes:
+        old.meta[SUPERSEDED] = True
 
 
 def _check(rewrite: Rewrite, old: Node, new: Node) -> None:

@@ -34,6 +34,8 @@ from .facts import (
 )
 from .rewrite import Rewrite
 
+TAKEN_APART = "taken apart"  # marks a scan that is what could not be batched
+
 
 @dataclass(frozen=True)
 class Split:
@@ -283,6 +285,7 @@ class Distribution:
             GraphModule(holder, graph), [self.starts[k] for k in carries], slices,
             [self.known[n] for n in fixed],
         )
+        cast(Node, made[0].args[0]).meta[TAKEN_APART] = True
         for k, node in zip(carries, made, strict=False):
             self.finals[k] = node
         for node, lane in zip(
@@ -336,9 +339,9 @@ def batchable(parts: Split) -> list[Node]:
 
 
 def splits(facts: Facts) -> Iterator[Split]:
-    """The scans of a graph, each split by its cycles."""
+    """The scans of a graph that were not taken apart yet, each split by its cycles."""
     for node in facts.operations:
-        if is_scan(node):
+        if is_scan(node) and not node.meta.get(TAKEN_APART):
             yield split(node)
 
 
@@ -352,7 +355,8 @@ def distribution(pass_name: str, parts: Split) -> Rewrite:
         return [made[cast(int, result.args[1])] for result in results]
 
     summary = f"{trips(scan)} × ({counted(batchable(parts)) or 'views'}) → 1"
-    return Rewrite(pass_name, summary, source_line(scan), scan, results, build)
+    return Rewrite(pass_name, summary, source_line(scan), scan, results, build,
+                   supersedes=(scan,))
 
 
 def counted(nodes: Sequence[Node]) -> str:

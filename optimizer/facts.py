@@ -19,6 +19,7 @@ from .loop import plain_loop
 
 aten = torch.ops.aten
 SCAN = torch.ops.higher_order.scan
+SUPERSEDED = "superseded"  # marks a random operation that others run instead
 LARGEST_CONSTANT = 1 << 22  # elements of an index table that is evaluated while optimizing
 
 
@@ -83,6 +84,8 @@ def has_body(node: object) -> bool:
 
 def is_random(node: Node) -> bool:
     """Whether running `node` reads or advances a random number generator."""
+    if has_body(node):
+        return any(map(is_random, body_of(node).graph.nodes))
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target is aten.dropout.default:
@@ -114,8 +117,12 @@ def is_pure(node: Node) -> bool:
     """Whether `node` may be removed when unused: no mutation, no random state, no region."""
     if node.op in ("placeholder", "output"):
         return False
-    if node.op == "get_attr" or has_body(node) or node.target is operator.getitem:
+    if node.meta.get(SUPERSEDED):
         return True
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    if has_body(node):
+        return not is_random(node)
     if is_random(node) or is_region_marker(node):
         return False
     if isinstance(node.target, torch._ops.OpOverload):

@@ -174,13 +174,16 @@ class Loop:
     def trips(self) -> int:
         return self.stretch.trips
 
+    @property
+    def random(self) -> list[Node]:
+        """The random operations of one trip. One alone keeps its order, whatever is taken apart."""
+        return [n for n in self.stretch.operations[: self.stretch.period] if is_random(n)]
+
 
 def fold(operations: Sequence[Node], period: int) -> Loop:
     """The loop that `operations` are, `period` to a trip; raises `Misfit` if they are none."""
     stretch = Stretch(operations, period)
     for node in operations[:period]:
-        if is_random(node):
-            raise Misfit("a random operation runs in every trip: its order must be kept", node)
         if is_region_marker(node):
             raise Misfit("an autocast region begins or ends in every trip", node)
     classed = [stretch.sources(place) for place in range(period)]

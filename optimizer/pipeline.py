@@ -20,6 +20,14 @@ Group = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """What the caller lets rewrites do."""
+
+    approximate: bool
+    random_reorder: bool
+
+
+@dataclass(frozen=True)
 class Applied:
     """One rewrite that was carried out."""
 
@@ -28,6 +36,7 @@ class Applied:
     line: Line | None
     group: Group
     approximate: bool
+    reorders_random: bool
 
 
 @dataclass
@@ -49,18 +58,19 @@ class Outcome:
 
 def run_passes(
     captured: Capture, passes: Sequence[Pass], *, excluded: frozenset[Group] = frozenset(),
-    allow_approximate: bool = False,
+    allow_approximate: bool = False, allow_random_reorder: bool = False,
 ) -> Outcome:
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
-    passes = tuple(passes)
-    first = (passes[:1], frozenset(g for g in excluded if passes and g[0] == passes[0].name))
+    passes, allowed = tuple(passes), Allowed(allow_approximate, allow_random_reorder)
+    own = frozenset(g for g in excluded if passes and g[0] == passes[0].name)
+    first = (passes[:1], allowed, own)
     if first not in captured.begun:  # the whole unrolled graph is worked on once
         outcome = Outcome(duplicate(captured.graph_module))
-        _run(outcome, captured, passes[:1], excluded, allow_approximate)
+        _run(outcome, captured, passes[:1], excluded, allowed)
         captured.begun[first] = outcome
     begun = captured.begun[first]
     outcome = Outcome(duplicate(begun.graph_module), list(begun.applied), list(begun.skips))
-    _run(outcome, captured, passes[1:], excluded, allow_approximate)
+    _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
     restore(outcome.graph_module, captured.seen, captured.fake_mode)
     return outcome
@@ -78,7 +88,7 @@ def duplicate(graph_module: GraphModule) -> GraphModule:
 
 def _run(
     outcome: Outcome, captured: Capture, passes: Sequence[Pass], excluded: frozenset[Group],
-    allow_approximate: bool,
+    allowed: Allowed,
 ) -> None:
     graph_module = outcome.graph_module
     for one in passes:
@@ -86,12 +96,12 @@ def _run(
         while todo := [g for g in all_graphs(graph_module) if g not in done]:
             graph = todo[-1]  # bodies before the loops around them
             done.add(graph)
-            _run_pass(one, graph, captured, excluded, allow_approximate, outcome)
+            _run_pass(one, graph, captured, excluded, allowed, outcome)
 
 
 def _run_pass(
     one: Pass, graph: GraphModule, captured: Capture, excluded: frozenset[Group],
-    allow_approximate: bool, outcome: Outcome,
+    allowed: Allowed, outcome: Outcome,
 ) -> None:
     failed: set[tuple[str, str]] = set()
     for _ in range(MOST_ROUNDS):
@@ -102,8 +112,12 @@ def _run_pass(
                 skips.append(proposal)
             elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:
                 continue
-            elif proposal.approximate and not allow_approximate:
+            elif proposal.approximate and not allowed.approximate:
                 reason = f"{proposal.summary}: approximations are not allowed"
+                skips.append(Skip(one.name, reason, proposal.line))
+            elif proposal.reorders_random and not allowed.random_reorder:
+                reason = f"{proposal.summary}: several random operations run in every step, " \
+                    "whose order must be kept"
                 skips.append(Skip(one.name, reason, proposal.line))
             else:
                 rewrites.append(proposal)
@@ -120,4 +134,4 @@ def _run_pass(
 
 def _applied(rewrite: Rewrite) -> Applied:
     return Applied(rewrite.pass_name, rewrite.summary, rewrite.line, rewrite.group,
-                   rewrite.approximate)
+                   rewrite.approximate, rewrite.reorders_random)

@@ -33,6 +33,8 @@ class Rewrite:
     replaces: tuple[Node, ...]
     build: Callable[[Builder], Sequence[Node]]
     approximate: bool = False
+    reorders_random: bool = False
+    supersedes: tuple[Node, ...] = ()  # random operations that the new nodes run instead
 
     @property
     def group(self) -> tuple[str, str]:

@@ -158,6 +158,7 @@ class _Selecting:
             self.cache[excluded] = run_passes(
                 self.captured, self.options.passes, excluded=excluded,
                 allow_approximate=self.options.allow_approximate,
+                allow_random_reorder=self.options.allow_random_reorder,
             )
         return self.cache[excluded]
 
@@ -170,6 +171,8 @@ class _Selecting:
     def _verify(self, outcome: Outcome) -> Verdict:
         if not self.options.verify:
             return NotVerified("verification was switched off")
+        if any(a.reorders_random for a in outcome.applied):
+            return NotVerified("random operations were reordered: results can't be compared")
         approximate = any(a.approximate for a in outcome.applied)
         tolerance = self.options.tolerance
         return verify(

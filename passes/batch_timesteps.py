@@ -38,8 +38,6 @@ class BatchTimesteps:
             if not parts.carries:
                 continue
             if not batchable(parts) and is_one_cycle(parts):
-                if parts.scan.meta.get("rewritten_by") == self.name:
-                    continue  # what is left of a scan that was taken apart
                 reason = "every operation of the loop depends on the step before"
                 yield Skip(self.name, reason, source_line(parts.scan))
                 continue

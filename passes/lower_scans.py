@@ -47,4 +47,5 @@ class LowerScans:
                 return [made[place] for place in places]
 
             summary = f"scan of {trips(scan)} steps → a loop"
-            yield Rewrite(self.name, summary, source_line(scan), scan, results, build)
+            yield Rewrite(self.name, summary, source_line(scan), scan, results, build,
+                          supersedes=(scan,))

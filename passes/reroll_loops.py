@@ -11,7 +11,8 @@ Sound if:
        every trip: constant, invariant, of this trip, of a fixed number of trips back, or read
        from an outer value at a known place;
     2. what is carried keeps its shape, dtype and device;
-    3. no operation is random and no autocast region begins or ends inside.
+    3. at most one operation is random (then it keeps its order), and no autocast region begins
+       or ends inside.
 Skips:
     each argument that breaks one of these, at the user's line.
 """
@@ -29,7 +30,17 @@ from torch.utils import _pytree as pytree
 from ..optimizer.assemble import build_scan
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
-from ..optimizer.facts import Facts, Line, aten, is_op, is_scan, is_tensor, is_view, source_line
+from ..optimizer.facts import (
+    Facts,
+    Line,
+    aten,
+    is_op,
+    is_random,
+    is_scan,
+    is_tensor,
+    is_view,
+    source_line,
+)
 from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
@@ -145,7 +156,9 @@ class RerollLoops:
 
         per_trip = len([n for n in operations[: loop.stretch.period] if not is_view(n)])
         summary = f"{loop.trips} × {per_trip} operations → one scan"
-        return Rewrite(self.name, summary, line, operations[-1].next, replaces, build)
+        return Rewrite(self.name, summary, line, operations[-1].next, replaces, build,
+                       reorders_random=len(loop.random) > 1,
+                       supersedes=tuple(n for n in operations if is_random(n)))
 
     def _collections(self, facts: Facts) -> Iterator[Rewrite]:
         """The results of a scan, stacked or concatenated one by one → the scan's own stack."""

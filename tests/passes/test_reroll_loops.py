@@ -202,6 +202,11 @@ def dropout(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.dropout(m.a(x[:, t])) for t in range(x.shape[1])], 1)
 
 
+def two_dropouts(m: Any, x: Tensor) -> Tensor:
+    steps = [m.dropout(m.a(x[:, t])) + m.dropout(x[:, t]) for t in range(x.shape[1])]
+    return torch.stack(steps, 1)
+
+
 def own_parameters(m: Any, x: Tensor) -> Tensor:
     for linear in (m.a, m.b, m.a, m.b, m.b):
         x = torch.relu(linear(x))
@@ -235,7 +240,7 @@ def rolled(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("forward", "reason"), [
     (triangular, "6 steps: they work on different sizes (a triangular loop)"),
     (rolled, "6 steps: a number given to them varies"),
-    (dropout, "a random operation runs in every trip"),
+    (two_dropouts, "several random operations run in every step"),
     (own_parameters, "each trip uses parameters of its own"),
 ])
 def test_skips(forward: Forward, reason: str, run: Any) -> None:
@@ -244,6 +249,28 @@ def test_skips(forward: Forward, reason: str, run: Any) -> None:
     found = [s for s in outcome.skips if reason in s.reason]
     assert found, [s.reason for s in outcome.skips]
     assert found[0].line is not None
+
+
+def test_one_random_operation_keeps_its_order(equal: Any) -> None:
+    model, x = Model(dropout), torch.randn(3, 6, 4)
+    fast = equal(model, (x,))
+    assert "for slice_0 in" in fast.code
+    assert fast.code.count("linear(") == 1
+    torch.manual_seed(7)
+    want = model(x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(fast(x), want)
+
+
+def test_random_operations_are_reordered_if_allowed() -> None:
+    model, x = Model(two_dropouts), torch.randn(3, 6, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, allow_random_reorder=True)
+    told = fast.report.to_dict()
+    assert told["rewrites"]
+    assert all("random operations were reordered" in m["verdict"]["text"] for m in told["modes"])
+    assert fast(x).shape == model(x).shape
+    model.eval()
+    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_leaves_autocast_regions_alone(run: Any) -> None:
