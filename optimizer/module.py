@@ -80,7 +80,7 @@ class OptimizedModule(nn.Module):
             mode = "training" if torch.is_grad_enabled() else "inference"
             self.optimize(args, kwargs, (mode,))
             run = self.specialized[self._signature(leaves, spec)]
-        return run(*args, **kwargs)
+        return run.run_flat(leaves) if isinstance(run, Rewritten) else run(*args, **kwargs)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
         """Capture, rewrite, verify and measure for these inputs, in each of `modes`.
@@ -132,8 +132,6 @@ class OptimizedModule(nn.Module):
         )
 
     def _signature(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
-        if tuple(self.original.modules()) != self.members:
-            self._look_at_model()
         try:
             return self._key(leaves, spec)
         except (AttributeError, KeyError):  # a tensor or setting is gone
@@ -248,6 +246,7 @@ def _settings(module: nn.Module) -> Callable[[], Hashable]:
         return (
             *(held[n] for n in names), *(tuple(map(_hashable, held[n])) for n in lists), len(held),
             len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
+            *map(id, held["_modules"].values()),
         )
 
     return read
