@@ -103,12 +103,7 @@ class _Source:
             base = re.sub(r"_\d+$", "", base) if node.op != "placeholder" else node.name
             if keyword.iskeyword(base) or not base.isidentifier():
                 base = f"{base}_"
-            name, number = base, 0
-            while name in self.taken:
-                number += 1
-                name = f"{base}_{number}"
-            self.taken.add(name)
-            self.names[node] = name
+            self.names[node] = self._fresh(base)
         return self.names[node]
 
     def _block(self, graph_module: GraphModule, indent: str) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .affine import Progression, progression
 from .loop import plain_loop
 
 aten = torch.ops.aten
@@ -237,10 +236,3 @@ class Facts:
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         return cast(Tensor, node.target(*args, **kwargs))
-
-    def progression(self, node: object) -> Progression | None:
-        """`start + step·i` if `node` is a constant 1-d table of that form."""
-        table = self.constant(node)
-        if table is None or table.dim() != 1 or table.dtype == torch.bool:
-            return None
-        return progression(table.tolist())

@@ -59,10 +59,6 @@ def forward(*lines: str) -> str:
     return f"{IMPORTS}\nclass Model(nn.Module):\n    def forward(self, x):\n{body}{INPUTS}"
 
 
-def known_bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)
-
-
 Run = Callable[..., Any]  # typer's Result: exit_code, stdout, stderr, output
 
 
