@@ -59,10 +59,14 @@ class State:
     attribute: str
 
     def get(self) -> Tensor:
+        holder, name = self.place()
+        return cast(Tensor, holder[name])
+
+    def place(self) -> tuple[dict[str, Any], str]:
+        """The dictionary that holds the tensor, and its name there."""
         for held in (self.owner._parameters, self.owner._buffers, vars(self.owner)):
-            found = held.get(self.attribute)
-            if found is not None:
-                return cast(Tensor, found)
+            if held.get(self.attribute) is not None:
+                return held, self.attribute
         raise AttributeError(f"the model no longer has {self.name!r}")
 
 

@@ -37,6 +37,7 @@ class Piece:
     firsts: tuple[LaneOf | Node, ...]
     step: int = 1
     count: int = 0  # lanes of each stack; 0 for a single node that is no lane
+    missing: int = 0  # entries of the last round that are not wanted, at its end
 
     def lanes(self, build: Builder, axis: int) -> list[Node]:
         """For each stack its lanes of the run, seen through the views, stacked at `axis`."""
@@ -82,7 +83,10 @@ class Collection:
         if len(moved) == 1:
             return _merge(build, moved[0], self.axis) if self.joins else moved[0]
         join = aten.cat.default if self.joins else aten.stack.default
-        return _merge(build, build.call(join, moved, self.axis + 1), self.axis)
+        merged = _merge(build, build.call(join, moved, self.axis + 1), self.axis)
+        widths = [shape(m)[self.axis + 1] if self.joins else 1 for m in moved]
+        gone = sum(widths[len(widths) - piece.missing :])
+        return build.slice(merged, self.axis, 0, shape(merged)[self.axis] - gone)
 
 
 def _merge(build: Builder, node: Node, axis: int) -> Node:
@@ -129,8 +133,11 @@ def _pieces(lanes: Sequence[LaneOf | None], entries: Sequence[Node]) -> list[Pie
             at += 1
             continue
         firsts = tuple(cast(LaneOf, lane) for lane in lanes[at : at + period])
-        pieces.append(Piece(firsts, step, count))
-        at += period * count
+        over = _begun(lanes, at + period * count, period, step)
+        more = over > 0 and all(0 <= f.index + step * count < shape(f.stack)[0] for f in firsts)
+        missing = period - over if more else 0
+        pieces.append(Piece(firsts, step, count + more, missing))
+        at += period * (count + more) - missing
     return pieces
 
 
@@ -152,11 +159,16 @@ def _longest(lanes: Sequence[LaneOf | None], at: int) -> tuple[int, int, int]:
 
 def _follows(lanes: Sequence[LaneOf | None], at: int, period: int, step: int) -> bool:
     """Whether the round at `at` is the one after the round before it."""
-    if at + period > len(lanes):
-        return False
-    for now, before in zip(lanes[at : at + period], lanes[at - period : at], strict=True):
+    return _begun(lanes, at, period, step) == period
+
+
+def _begun(lanes: Sequence[LaneOf | None], at: int, period: int, step: int) -> int:
+    """How many entries from `at` on go on as the round before does, a round at most."""
+    count = 0
+    for now, before in zip(lanes[at : at + period], lanes[at - period : at], strict=False):
         if now is None or before is None:
-            return False
+            break
         if now.kind() != before.kind() or now.index != before.index + step:
-            return False
-    return True
+            break
+        count += 1
+    return count

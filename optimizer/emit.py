@@ -19,7 +19,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .builder import output_node, placeholders
-from .facts import aten, body_of, has_body, is_op, is_tensor, shape, source_line, value
+from .facts import (
+    aten,
+    body_of,
+    bytes_of,
+    has_body,
+    is_op,
+    is_tensor,
+    shape,
+    source_line,
+    trips,
+)
 
 INDENT = "    "
 LARGE = 1 << 16  # bytes: a local that holds more is deleted after its last use
@@ -34,7 +44,7 @@ METHODS = {
     aten.unsqueeze.default: "unsqueeze", aten.select.int: "select", aten.unfold.default: "unfold",
     aten.contiguous.default: "contiguous", aten.clone.default: "clone",
     aten.detach.default: "detach", aten.new_zeros.default: "new_zeros",
-    aten.squeeze.dim: "squeeze", aten.neg.default: "neg",
+    aten.squeeze.dim: "squeeze", aten.split_with_sizes.default: "split", aten.neg.default: "neg",
 }
 FUNCTIONAL = {
     aten.linear.default: "linear", aten.gelu.default: "gelu", aten.silu.default: "silu",
@@ -101,6 +111,7 @@ class _Source:
         if node not in self.names:
             base = re.sub(r"_default|_tensor|_int|_dim_int_list|_scalar", "", node.name)
             base = re.sub(r"_\d+$", "", base) if node.op != "placeholder" else node.name
+            base = "piece" if _is_piece(node) else base
             if keyword.iskeyword(base) or not base.isidentifier():
                 base = f"{base}_"
             self.names[node] = self._fresh(base)
@@ -117,8 +128,8 @@ class _Source:
                 self._where(node, indent)
                 if has_body(node):
                     self._loop(node, indent)
-                elif not _from_loop(node):
-                    self.lines.append(f"{indent}{self._name(node)} = {self._expression(node)}")
+                elif not _from_loop(node) and not _is_piece(node):
+                    self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
                 dead = [self._name(n) for n in last.get(node, ()) if n in self.names]
                 if dead and indent == INDENT:
                     self.lines.append(f"{indent}del {', '.join(dead)}")
@@ -149,7 +160,9 @@ class _Source:
             self.lines.append(f"{indent}{name} = []")
         steps = [self._name(head) for head in heads[held : held + read]]
         sources = [self._unbound(s) for s in slices]
-        if read == 1:
+        if read == 1 and _only_counts(slices[0]):
+            self.lines.append(f"{indent}for _ in range({trips(node)}):")
+        elif read == 1:
             self.lines.append(f"{indent}for {steps[0]} in {sources[0]}:")
         else:
             self.lines.append(_wrapped(f"{indent}for {', '.join(steps)} in zip(", sources, "):"))
@@ -171,6 +184,12 @@ class _Source:
                 f"{indent}{self._name(target)} = torch.stack({columns[k]}, {axis})"
             )
             self.lines.append(f"{indent}del {columns[k]}")
+
+    def _target(self, node: Node) -> str:
+        """What an assignment of `node` binds: of a split, its pieces."""
+        if not _is_unpacked(node):
+            return self._name(node)
+        return ", ".join(map(self._name, sorted(node.users, key=lambda u: cast(int, u.args[1]))))
 
     def _fresh(self, base: str) -> str:
         name, number = base, 0
@@ -275,6 +294,19 @@ def _from_loop(node: Node) -> bool:
     )
 
 
+def _is_piece(node: Node) -> bool:
+    """Whether `node` is bound where its split is written."""
+    return node.target is operator.getitem and _is_unpacked(cast(Node, node.args[0]))
+
+
+def _is_unpacked(node: Node) -> bool:
+    """Whether `node` is a split each of whose pieces is used."""
+    if not is_op(node, aten.split_with_sizes.default):
+        return False
+    places = {user.args[1] for user in node.users if user.target is operator.getitem}
+    return len(places) == len(node.users) == len(cast(list[int], node.args[1]))
+
+
 def _stacked_as(result: Node) -> tuple[Node, int]:
     """The node that a loop's stacked result is, and the axis to stack it along.
 
@@ -301,12 +333,24 @@ def _front_axis(node: Node) -> int | None:
 
 
 def _folded(node: Node) -> bool:
-    """Whether `node` is written in place: a permute that only feeds the steps of loops."""
+    """Whether `node` is written in place: a permute that only feeds the steps of loops, or a
+    range that only counts them."""
+    if _only_counts(node):
+        return True
     if _front_axis(node) is None or _from_loop(node):
         return False
     return bool(node.users) and all(
         has_body(u) and node in cast(list[Node], u.args[2])
         and node not in cast(list[Node], u.args[1]) and node not in cast(list[Node], u.args[3])
+        for u in node.users
+    )
+
+
+def _only_counts(node: Node) -> bool:
+    """Whether `node` is a range whose numbers no step of a loop reads."""
+    return is_op(node, aten.arange.default) and bool(node.users) and all(
+        has_body(u) and u.args[2] == [node]
+        and not placeholders(body_of(u))[len(cast(list[Node], u.args[1]))].users
         for u in node.users
     )
 
@@ -333,7 +377,4 @@ def _last_uses(graph_module: GraphModule) -> Mapping[Node, list[Node]]:
 
 
 def _is_large(node: Node) -> bool:
-    if not is_tensor(node):
-        return False
-    tensor = value(node)
-    return tensor.numel() * tensor.element_size() >= LARGE
+    return is_tensor(node) and bytes_of(node) >= LARGE

@@ -68,6 +68,11 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(value(node).shape)
 
 
+def bytes_of(node: Node) -> int:
+    """The size of `node`'s elements, each counted once for every place that shows it."""
+    return value(node).numel() * value(node).element_size()
+
+
 def is_op(node: object, *targets: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -196,6 +201,11 @@ class Facts:
     def operations(self) -> list[Node]:
         """The nodes that compute something, in program order, outside autocast regions."""
         return [n for n in outside_regions(self.nodes) if n.op == "call_function"]
+
+    @cached_property
+    def movable(self) -> set[Node]:
+        """The nodes that may be computed elsewhere, if they are pure."""
+        return {n for n in self.nodes if n.op == "get_attr"}.union(self.operations)
 
     def constant(self, node: object) -> Tensor | None:
         """The integer or boolean tensor that `node` always is, or None when it depends on data.

@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .capture import CaptureError, State, capture, model_state
+from .capture import CaptureError, capture
 from .cases import copied
 from .report import (
     ModeReport,
@@ -25,6 +25,7 @@ from .report import (
 )
 from .rewritten import Rewritten, share
 from .select import Cache, Options, Selection, select
+from .signature import Watched, call_signature, flatten
 
 MOST_SIGNATURES = 8
 log = logging.getLogger(__name__)
@@ -52,26 +53,21 @@ class OptimizedModule(nn.Module):
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, rewritten=None, warned=False, members=(), generation=0,
+            specialized={}, rewritten=None, warned=False, watched=Watched(original),
         )
-        self._look_at_model()
 
     original: nn.Module
     options: Options
     progress: Callable[[str], None]
     report: Report
     specialized: dict[Hashable, Callable[..., Any]]
-    members: tuple[nn.Module, ...]
-    state: tuple[State, ...]
-    settings: tuple[Callable[[], Hashable], ...]
-    ties: tuple[tuple[dict[str, Any], str, dict[str, Any], str], ...]
-    generation: int
+    watched: Watched
     rewritten: Rewritten | None
     warned: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = self._signature(leaves, spec)
+        leaves, structure = flatten(args, kwargs)
+        key = self._signature(leaves, structure)
         run = self.specialized.get(key)
         if run is None:
             if len(self.specialized) >= MOST_SIGNATURES:
@@ -79,7 +75,7 @@ class OptimizedModule(nn.Module):
                 return self.original(*args, **kwargs)
             mode = "training" if torch.is_grad_enabled() else "inference"
             self.optimize(args, kwargs, (mode,))
-            run = self.specialized[self._signature(leaves, spec)]
+            run = self.specialized[self._signature(leaves, structure)]
         return run.run_flat(leaves) if isinstance(run, Rewritten) else run(*args, **kwargs)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
@@ -88,13 +84,14 @@ class OptimizedModule(nn.Module):
         Where that fails, for whatever reason, the original runs and the report says why. The
         random state is left as it was.
         """
+        given, structure = flatten(tuple(args), kwargs)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         done: list[ModeReport] = []
         failure, start = None, time.perf_counter()
-        self._look_at_model()
+        self.watched.look()
         for mode in modes:
             with torch.set_grad_enabled(mode == "training"):
-                self.specialized[self._signature(leaves, spec)] = self.original
+                self.specialized[self._signature(given, structure)] = self.original
         try:
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                 args, kwargs = pytree.tree_unflatten(list(copied(tuple(leaves))), spec)
@@ -106,7 +103,7 @@ class OptimizedModule(nn.Module):
                     selection = select(self.original, captured, args, kwargs, self.options, mode,
                                        self.progress, cache)
                     with torch.set_grad_enabled(mode == "training"):
-                        self.specialized[self._signature(leaves, spec)] = selection.module
+                        self.specialized[self._signature(given, structure)] = selection.module
                     if selection.rewritten is not None:
                         vars(self)["rewritten"] = selection.rewritten
                     done.append(mode_report(selection))
@@ -121,41 +118,8 @@ class OptimizedModule(nn.Module):
             described_inputs(leaves), self.original.training, seconds, failure, tuple(done)
         ))
 
-    def _look_at_model(self) -> None:
-        """Note the model's modules, tensors and settings, which make part of every signature."""
-        members = tuple(self.original.modules())
-        if members != self.members:
-            vars(self).update(members=members, generation=self.generation + 1)
-        vars(self).update(
-            state=model_state(self.original), ties=_ties(self.original),
-            settings=tuple(_settings(m) for m in members),
-        )
-
-    def _signature(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
-        try:
-            return self._key(leaves, spec)
-        except (AttributeError, KeyError):  # a tensor or setting is gone
-            self._look_at_model()
-            return self._key(leaves, spec)
-
-    def _key(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Hashable:
-        inputs = tuple(
-            (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
-            else (type(leaf), _hashable(leaf))
-            for leaf in leaves
-        )
-        state = tuple((t.shape, t.dtype, t.device) for t in (s.get() for s in self.state))
-        settings = tuple(read() for read in self.settings)
-        tied = tuple(one[key] is other[name] for one, key, other, name in self.ties)
-        storages = [leaf.untyped_storage()._cdata for leaf in leaves
-                    if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
-        shared = tuple(map(storages.index, storages)) if len(storages) > 1 else ()
-        autocast = tuple(
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            for kind in ("cpu", "cuda")
-        )
-        return (spec, inputs, shared, self.generation, state, tied, settings,
-                torch.is_grad_enabled(), autocast)
+    def _signature(self, leaves: Sequence[Any], structure: Hashable) -> Hashable:
+        return call_signature(leaves, structure), self.watched.version()
 
     def _warn_once(self) -> None:
         if not self.warned:
@@ -197,7 +161,7 @@ class OptimizedModule(nn.Module):
 
     def __setattr__(self, name: str, held: Any) -> None:
         """Set on the model: what forward reads is the original's."""
-        if "settings" not in vars(self):  # while it is made
+        if "watched" not in vars(self):  # while it is made
             vars(self)[name] = held
         else:
             setattr(self.original, name, held)
@@ -216,48 +180,6 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         return (OptimizedModule, (self.original, self.options))
-
-
-def _strides(tensor: Tensor) -> Hashable:
-    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
-
-
-def _ties(model: nn.Module) -> tuple[tuple[dict[str, Any], str, dict[str, Any], str], ...]:
-    """The places that hold one parameter, in pairs: whether they still do is to be seen."""
-    first: dict[int, tuple[dict[str, Any], str]] = {}
-    pairs = []
-    for module in model.modules():
-        held: dict[str, Any] = module._parameters
-        for name, parameter in held.items():
-            if parameter is not None and id(parameter) in first:
-                pairs.append((*first[id(parameter)], held, name))
-            elif parameter is not None:
-                first[id(parameter)] = (held, name)
-    return tuple(pairs)
-
-
-def _settings(module: nn.Module) -> Callable[[], Hashable]:
-    """Reads what forward may depend on besides tensors: numbers, texts, and which hooks exist."""
-    held = vars(module)
-    names = [n for n, x in held.items() if isinstance(x, (bool, int, float, str, type(None)))]
-    lists = [n for n, x in held.items() if isinstance(x, (list, tuple)) and not n.startswith("_")]
-
-    def read() -> Hashable:
-        return (
-            *(held[n] for n in names), *(tuple(map(_hashable, held[n])) for n in lists), len(held),
-            len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
-            *map(id, held["_modules"].values()),
-        )
-
-    return read
-
-
-def _hashable(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return leaf  # type: ignore[no-any-return]
 
 
 __all__ = ["OptimizedModule", "Selection"]

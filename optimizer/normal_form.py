@@ -329,6 +329,7 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
     aten.cat.default: _cat,
     aten.expand.default: _same_if(_keeps_shape),
     aten.alias.default: _same_if(lambda node: True),
+    aten.pad.default: _same_if(lambda node: not any(cast(list[int], node.args[1]))),
 }
 
 

@@ -13,6 +13,7 @@ from .apply import apply, merge_equal, restore
 from .capture import Capture
 from .facts import Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
+from .split import join_reads
 
 MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
 
@@ -73,6 +74,7 @@ def run_passes(
     _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
     restore(outcome.graph_module, captured.seen, captured.fake_mode)
+    join_reads(outcome.graph_module, captured.fake_mode)
     return outcome
 
 

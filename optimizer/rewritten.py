@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
+from operator import getitem
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ class Rewritten(nn.Module):
     captured: Capture
     graph_module: GraphModule
     run: Callable[..., list[Any]]
+    places: list[tuple[dict[str, Any], str]]  # of the model's tensors
     code: str
 
     def __init__(self, original: nn.Module, captured: Capture, graph_module: GraphModule) -> None:
@@ -33,6 +36,7 @@ class Rewritten(nn.Module):
         own = vars(self)
         own["original"], own["captured"], own["graph_module"] = original, captured, graph_module
         own["run"], own["code"] = compiled(graph_module)
+        own["places"] = [s.place() for s in captured.state]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
@@ -41,9 +45,7 @@ class Rewritten(nn.Module):
     def run_flat(self, leaves: list[Any]) -> Any:
         """The output for the flat inputs `leaves`."""
         captured = self.captured
-        state = [s.get() for s in captured.state]
-        inputs = [leaves[i] for i in captured.tensor_inputs]
-        tensors = [*state, *inputs]
+        tensors = [*starmap(getitem, self.places), *(leaves[i] for i in captured.tensor_inputs)]
         if not captured.written:
             return self._returned(self.run(*tensors))
         given = list(tensors)
@@ -60,6 +62,8 @@ class Rewritten(nn.Module):
     def _returned(self, outputs: list[Any]) -> Any:
         for position, constant in self.captured.constants.items():
             outputs[position] = constant
+        if self.captured.output_spec.is_leaf():
+            return outputs[0]
         return pytree.tree_unflatten(outputs, self.captured.output_spec)
 
 

@@ -6,7 +6,9 @@ from ..optimizer.rewrite import Pass
 from .approximate_gelu import ApproximateGelu
 from .batch_timesteps import BatchTimesteps
 from .fuse_attention import FuseAttention
+from .fuse_iterations import FuseIterations
 from .fuse_multiply_add import FuseMultiplyAdd
+from .fuse_projections import FuseProjections
 from .lower_einops import LowerEinops
 from .lower_scans import LowerScans
 from .reroll_loops import RerollLoops
@@ -19,7 +21,9 @@ ORDER: tuple[Pass, ...] = (
     VectorizePatches(),  # then those that carry nothing: all of them
     SliceIndices(),  # tables that stood in loops are in the open now
     LowerEinops(),  # after batching, which keeps an einsum one einsum
+    FuseProjections(),  # of products, which einsums are now
     FuseAttention(),  # attention over heads or windows that stood in loops is whole now
+    FuseIterations(),  # of batched and lowered products, before their sums are taken apart
     FuseMultiplyAdd(),  # after attention, whose mask is an addition
     ApproximateGelu(),  # one gelu over all steps, not one for each
     LowerScans(),  # last: what is still a scan runs as a loop

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import ClassVar, cast
 
 import opt_einsum
@@ -148,10 +148,11 @@ def applied(build: Builder, small: Operand, large: Operand, inner: list[str]) ->
     """A small matrix applied along the inner axes of a large operand, in the order it lies in.
 
     Axes that lie outside the inner ones become a batch, those inside them columns, so that
-    the large operand is neither permuted nor copied.
+    the large operand is neither permuted nor copied. An axis along which it only repeats
+    lies outermost: it is copied anyway, and the longest columns are the cheapest.
     """
     (a, x), (b, y) = small, large
-    lying = sorted(b, key=lambda c: -value(y).stride(b.index(c)))
+    lying = sorted(b, key=lambda c: -(value(y).stride(b.index(c)) or inf))
     first = min(lying.index(c) for c in inner)
     lead = [c for c in lying[:first] if c not in inner]
     tail = [c for c in lying[first:] if c not in inner]

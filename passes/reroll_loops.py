@@ -14,6 +14,7 @@ Sound if:
     3. at most one operation is random (then it keeps its order), and no autocast region begins
        or ends inside.
 Skips:
+    loops whose steps compute no more than it would cost to stack what they read;
     each argument that breaks one of these, at the user's line.
 """
 
@@ -23,10 +24,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tag, Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..optimizer.absorb import Absorption, absorption
 from ..optimizer.assemble import build_scan
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
@@ -40,8 +43,9 @@ from ..optimizer.facts import (
     is_tensor,
     is_view,
     source_line,
+    trips,
 )
-from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, fold
+from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
@@ -83,6 +87,9 @@ class RerollLoops:
             if inputs & folded or needed.intersection(run):
                 continue  # a loop of this round reads the other: next round, when that is folded
             found = self._fold(runs, repeat.period)
+            if isinstance(found, Loop) and not pays(found):
+                found = Misfit("its steps read values that would have to be stacked, at the cost "
+                               "of what they compute", run[0])
             if isinstance(found, Loop):
                 taken.append(span)
                 folded.update(run)
@@ -165,7 +172,13 @@ class RerollLoops:
         for node in facts.operations:
             found = collection(node) if is_op(node, aten.stack.default, aten.cat.default) else None
             if found is not None:
-                yield self._collected(node, found)
+                rest = absorption(node, found, facts)
+                yield self._absorbed(rest) if rest is not None else self._collected(node, found)
+
+    def _absorbed(self, rest: Absorption) -> Rewrite:
+        """The last, incomplete trip → one more step of the scan."""
+        return Rewrite(self.name, f"the rest joins {trips(rest.scan)} trips",
+                       source_line(rest.scan), rest.scan, rest.replaces, rest.build)
 
     def _collected(self, node: Node, found: Collection) -> Rewrite:
         summary = f"{found.entries} results → one {'reshape' if found.joins else 'permute'}"
@@ -233,6 +246,19 @@ def difference(nodes: Sequence[Node]) -> str:
     if len({token(n) for n in nodes}) > 1:
         return "a number given to them varies in a way that no scan can read"
     return BETWEEN
+
+
+def pays(loop: Loop) -> bool:
+    """Whether the steps compute more than it costs to stack the separate values they read.
+
+    `a·x + b·y + c·z` is no loop over (a, x), (b, y), (c, z).
+    """
+    body = range(loop.stretch.period)
+    stacked = {s.items for place in body for s in loop.sources[place]
+               if isinstance(s, Varying) and isinstance(s.items[0], Node)}
+    work = [n for n in loop.stretch.operations[: loop.stretch.period] if worth_folding(n)]
+    cheap = all(isinstance(n.target, OpOverload) and Tag.pointwise in n.target.tags for n in work)
+    return not (cheap and len(work) <= len(stacked))
 
 
 def worth_folding(node: Node) -> bool:

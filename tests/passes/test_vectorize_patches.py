@@ -113,6 +113,46 @@ def test_alternating_patches_with_a_rest(run: Any, golden: Any) -> None:
     golden("alternating_patches", outcome)
 
 
+class Alternating(nn.Module):
+    """Two kinds of windows in turn, widened; the last window may be short or stand alone."""
+
+    def __init__(self, narrow: int = 2, wide: int = 3) -> None:
+        super().__init__()
+        self.sizes = (wide, narrow)
+        self.embed = nn.ModuleList([nn.Linear(wide, 16), nn.Linear(narrow, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        at = 0
+        while at < x.shape[1]:
+            kind = len(found) % 2
+            window = x[:, at : at + self.sizes[kind]]
+            at += self.sizes[kind]
+            window = functional.pad(window, (0, max(0, at - x.shape[1])))
+            found.append(torch.tanh(self.embed[kind](window)))
+        return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("length", [20, 21, 22, 23, 24, 25])
+def test_an_incomplete_last_trip_is_absorbed(length: int, run: Any, equal: Any) -> None:
+    model, inputs = Alternating(), (torch.randn(2, length),)
+    outcome = run(model, inputs)
+    assert count(outcome.graph_module, aten.linear.default) == 2
+    assert scans(outcome.graph_module) == 0
+    assert any("the rest joins" in a.summary for a in outcome.applied) == (length % 5 != 0)
+    equal(model, inputs)
+
+
+def test_a_rest_that_is_something_else_is_not_absorbed(equal: Any) -> None:
+    class Otherwise(Alternating):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = super().forward(x[:, :20])
+            return torch.cat([whole, torch.tanh(self.embed[0](x[:, 20:23] * 2)).unsqueeze(1),
+                              torch.tanh(self.embed[0](x[:, 22:25])).unsqueeze(1)], 1)
+
+    equal(Otherwise(), (torch.randn(2, 25),))
+
+
 @pytest.mark.parametrize(("model", "inputs"), [
     (Heads(), (2, 7, 12)), (SlidingConvolution(), (2, 3, 19)), (Sorted(), (2, 5, 7)),
     (WritesRowsAndColumns(), (2, 3, 8, 4)), (Patches(2, 5, 1), (2, 3, 9, 9)),
