@@ -20,6 +20,7 @@ Skips:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -106,6 +107,7 @@ class RerollLoops:
             yield from writes
             if not writes and not facts.is_body:
                 yield from self._leftovers(facts, told)
+                yield from self._in_regions(facts)
 
     def _leftovers(self, facts: Facts, told: set[Line | None]) -> Iterator[Skip]:
         """Lines that ran several times and are no loop with steps that are all alike: why not."""
@@ -120,6 +122,15 @@ class RerollLoops:
                 reasons.setdefault(line, []).append(f"{len(nodes)} steps: {difference(nodes)}")
         for line, found in reasons.items():  # the telling ones first
             yield Skip(self.name, min(found, key=lambda reason: BETWEEN in reason), line)
+
+    def _in_regions(self, facts: Facts) -> Iterator[Skip]:
+        """Lines that ran several times in autocast regions, which are left as they are."""
+        outside = set(facts.operations)
+        ran = Counter((source_line(n), n.target) for n in facts.nodes
+                      if n.op == "call_function" and n not in outside and worth_folding(n))
+        for line in dict.fromkeys(line for (line, _), count in ran.items()
+                                  if count >= LOOKS_REPEATED):
+            yield Skip(self.name, "it runs in an autocast region, which is left as it is", line)
 
     def _writes(self, facts: Facts) -> Iterator[Rewrite]:
         """Windows that loops wrote into a buffer, alternately perhaps → one concatenation."""

@@ -276,6 +276,8 @@ def test_random_operations_are_reordered_if_allowed() -> None:
 def test_leaves_autocast_regions_alone(run: Any) -> None:
     outcome = run(Model(autocast_inside), (torch.randn(3, 6, 4),))
     assert outcome.applied == []
+    assert "it runs in an autocast region, which is left as it is" in [
+        s.reason for s in outcome.skips]
 
 
 def test_a_start_of_another_shape_is_a_peeled_first_trip(equal: Any) -> None:
