@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check lint types bench setup clean
+.PHONY: demo test check lint types bench opinfo fuzz setup clean
 
 demo: $(READY)
 	$(BIN)/optimize-cli models/eigenstate.py
@@ -21,6 +21,13 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench.py
+
+opinfo: $(READY)
+	$(BIN)/python tests/opinfo.py --write docs/opinfo.md
+
+MINUTES ?= 10
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 setup: $(READY)
 

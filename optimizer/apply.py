@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from .builder import Builder, output_node, placeholders
-from .facts import SUPERSEDED, aten, is_pure, is_tensor, source_line, value
-from .normal_form import propagate, remove_dead, simplify, sink_reads
+from .facts import SUPERSEDED, aten, body_of, has_body, is_tensor, is_view, source_line, value
+from .normal_form import merge_equal, propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
 
 log = logging.getLogger(__name__)
@@ -89,22 +89,6 @@ def remove_unused_bodies(graph_module: GraphModule) -> None:
             delattr(graph_module, name)
 
 
-def merge_equal(graph_module: GraphModule) -> None:
-    """Compute once what two nodes compute alike (pure operations of equal arguments)."""
-    seen: dict[Any, Node] = {}
-    for node in list(graph_module.graph.nodes):
-        if node.op not in ("call_function", "get_attr") or not is_pure(node):
-            continue
-        leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-        key = (node.op, node.target, repr(spec), tuple(
-            n if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
-        ))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph_module.graph.erase_node(node)
-
-
 @dataclass(frozen=True)
 class Seen:
     """Of one output: how it lies in memory, and whose memory it is.
@@ -138,25 +122,59 @@ def _seen(leaf: Any, position: int, owners: dict[int, int]) -> Seen:
                 owner)
 
 
-def restore(graph_module: GraphModule, before: Sequence[Seen], mode: FakeTensorMode) -> None:
+def restore(
+    graph_module: GraphModule, before: Sequence[Seen], captured: GraphModule, mode: FakeTensorMode
+) -> None:
     """Give the outputs back the strides and the sharing of storage that they had `before`.
 
-    Raises `ContractError` where that is not possible.
+    `captured` is the graph as it was then. Raises `ContractError` where that is not possible.
     """
     end, leaves = output_node(graph_module), results(graph_module)
+    originals = results(captured)
+    inputs = dict(zip(placeholders(captured), placeholders(graph_module), strict=True))
     owners = {_storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
               if is_tensor(n)}
     build = Builder(graph_module, end, mode, {"rewritten_by": "contract"})
     for position, was in enumerate(before):
         if was.strides is None:
             continue
+        if was.owner is None:
+            leaves[position] = _settled(build, leaves[position])
         now = _seen(leaves[position], position, dict(owners))
-        if now != was:
+        if was.owner is not None and was.owner < 0 and now.owner != was.owner:
+            leaves[position] = _viewed_again(build, originals[position], inputs)
+        elif now != was:
             leaves[position] = _restored(build, leaves, position, was, now)
         owners.setdefault(_storage(value(leaves[position])), position)
     end.args = (leaves,)
     propagate(graph_module, mode)
     graph_module.recompile()
+
+
+def _settled(build: Builder, node: Node) -> Node:
+    """`node`, contiguous and no view, if it shows what a loop carries, which may lie anyhow."""
+    base = node
+    while is_view(base):
+        base = cast(Node, base.args[0])
+    if base.target is not operator.getitem or not has_body(base.args[0]):
+        return node
+    loop, place = cast(tuple[Node, int], base.args)
+    if place >= len(cast(list[Node], loop.args[1])):
+        return node
+    carried = cast(tuple[Node, ...], output_node(body_of(loop)).args[0])[place]
+    if carried.op == "placeholder" or is_view(carried):
+        return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return build.call(aten.contiguous.default, node)
+
+
+def _viewed_again(build: Builder, original: Node, inputs: dict[Node, Node]) -> Node:
+    """The view of an input that `original` is in the captured graph."""
+    if original in inputs:
+        return inputs[original]
+    if not is_view(original):
+        raise ContractError("an output is no view of its input any more")
+    source = _viewed_again(build, cast(Node, original.args[0]), inputs)
+    return build.call(original.target, source, *original.args[1:], **original.kwargs)
 
 
 def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: Seen) -> Node:
@@ -167,9 +185,7 @@ def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: 
             return cast(Node, node)  # elsewhere in a storage of its own
         return _with_strides(build, node, was.strides)
     if was.owner < 0:
-        if now.owner == was.owner and now.strides == was.strides:
-            return cast(Node, node)
-        raise ContractError(f"output {position} is no view of its input any more")
+        raise ContractError(f"output {position} shows its input in another way")
     base = value(leaves[was.owner])
     last = was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
     if base.untyped_storage().size() // base.element_size() <= last:

@@ -288,6 +288,11 @@ def _one_axis(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, 
     return Lane(b.call(node.target, source.node, moved, *args[2:], **kwargs), source.axis)
 
 
+def _roll(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+    """Of a single number, which vmap would roll along the lanes."""
+    return args[0] if args[0].rank == 0 else _vmapped(b, node, args, kwargs)
+
+
 def _select(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     source, axis, index = args
     moved = _shifted(axis, source)
@@ -443,6 +448,7 @@ RULES: dict[Any, Rule] = {
     aten.mean.default: _total(aten.mean.dim),
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _layer_norm,
+    aten.roll.default: _roll,
     aten.select.int: _select,
     aten.unsqueeze.default: _unsqueeze,
     aten.permute.default: _permute,

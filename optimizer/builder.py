@@ -130,6 +130,11 @@ class Builder:
         return [self.call(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
 
 
+def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:
+    """A constant tensor of a body, in the graph around it."""
+    return build.attribute(str(node.target), getattr(body, str(node.target)))
+
+
 def fake_result(node: Node, mode: FakeTensorMode) -> Any:
     """What `node` returns, as fake tensors; scans are answered from their body's outputs."""
     if node.op == "get_attr":

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from .apply import Seen, visible
 from .cases import copied, flat, flat_outputs
-from .facts import TORCH
+from .facts import PHYSICAL, TORCH, is_op, source_line
 from .normal_form import UnsupportedRegion, normalize
 
 PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
@@ -228,10 +228,19 @@ def capture(
         normalize(graph_module, [s.name for s in state], mode)
     except UnsupportedRegion as error:
         raise CaptureError(str(error)) from error
+    _refuse_layouts(graph_module)
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
         trace.same_as, trace.constants, seen, mode,
     )
+
+
+def _refuse_layouts(graph_module: GraphModule) -> None:
+    """`as_strided` sees how a tensor lies in memory, which rewrites change."""
+    for node in graph_module.graph.nodes:
+        if is_op(node, *PHYSICAL):
+            raise CaptureError(f"{node.target.__name__} at {source_line(node)} depends on how its "
+                               "tensor lies in memory; use unfold, select or slices")
 
 
 class _Trace:

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from .batching import Batcher, Lane
-from .builder import Builder, output_node, placeholders
+from .builder import Builder, build_constant, output_node, placeholders
 from .facts import (
     Facts,
     aten,
@@ -32,6 +32,7 @@ from .facts import (
     trips,
     value,
 )
+from .nested import batched_scan
 from .rewrite import Rewrite
 
 TAKEN_APART = "taken apart"  # marks a scan that is what could not be batched
@@ -193,7 +194,8 @@ class Distribution:
         elif not any(self._varies(n) for n in unit.all_input_nodes) and not is_random(unit):
             self._invariant(unit)
         else:
-            outcome = self.batcher.operation(unit, self.known)
+            outcome = (batched_scan(self.batcher, unit, self.known) if is_scan(unit)
+                       else self.batcher.operation(unit, self.known))
             if outcome is None:
                 items = [u for u in unit.users if is_op(u, operator.getitem)]
                 self._small_scan([unit, *items], [])
@@ -308,11 +310,6 @@ class Distribution:
         return {
             self.parts.carries[k] for n in numbers if n is not None for k in self.parts.cycles[n]
         }
-
-
-def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:
-    """A constant tensor of a body, in the graph around it."""
-    return build.attribute(str(node.target), getattr(body, str(node.target)))
 
 
 def preferred_axis(scan: Node) -> int:

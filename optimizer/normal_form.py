@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .builder import Builder, fake_result, placeholders
 from .facts import (
@@ -43,6 +44,7 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     detach_regions(graph_module, mode)
     simplify(graph_module, mode)
     remove_dead(graph_module)
+    merge_equal(graph_module)
     sink_reads(graph_module)
     propagate(graph_module, mode)
     graph_module.recompile()
@@ -107,6 +109,41 @@ def remove_dead(graph_module: GraphModule) -> None:
     for node in reversed(list(graph_module.graph.nodes)):
         if not node.users and is_pure(node):
             graph_module.graph.erase_node(node)
+
+
+def merge_equal(graph_module: GraphModule) -> None:
+    """Compute once what nodes compute alike: pure operations of equal arguments.
+
+    The one that stays moves up to its arguments: what every step of a loop computed from the
+    same values is computed before the loop.
+    """
+    heads = placeholders(graph_module)
+    seen: dict[Any, Node] = {}
+    place = {node: (k, 0) for k, node in enumerate(graph_module.graph.nodes)}
+    ends: dict[int, Node] = {}  # of what was moved behind a node, by that node's place
+    merged: dict[Node, None] = {}
+    outside = list(outside_regions(graph_module.graph.nodes))
+    for node in outside:
+        if node.op not in ("call_function", "get_attr") or not is_pure(node):
+            continue
+        leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+        key = (node.op, node.target, repr(spec), tuple(
+            n if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
+        ))
+        first = seen.setdefault(key, node)
+        if first is node:
+            continue
+        node.replace_all_uses_with(first)
+        graph_module.graph.erase_node(node)
+        merged[first] = None
+    movable = set(outside)
+    for number, node in enumerate(sorted(merged, key=place.__getitem__), start=1):
+        if node.all_input_nodes and movable.issuperset(node.all_input_nodes):
+            last = max(node.all_input_nodes, key=place.__getitem__)
+            anchor = last if last.op != "placeholder" else heads[-1]
+            behind = place[anchor][0]
+            ends.setdefault(behind, anchor).append(node)
+            ends[behind], place[node] = node, (behind, number)
 
 
 def sink_reads(graph_module: GraphModule) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from .apply import apply, merge_equal, restore
+from .apply import apply, restore
 from .capture import Capture
 from .facts import Facts, Line, all_graphs
+from .normal_form import merge_equal
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
 
@@ -73,7 +74,7 @@ def run_passes(
     outcome = Outcome(duplicate(begun.graph_module), list(begun.applied), list(begun.skips))
     _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
-    restore(outcome.graph_module, captured.seen, captured.fake_mode)
+    restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)
     join_reads(outcome.graph_module, captured.fake_mode)
     return outcome
 

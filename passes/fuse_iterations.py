@@ -92,13 +92,9 @@ class ScaledSum:
 
     @property
     def fits(self) -> bool:
-        """Whether both operands are matrices or can be seen as batches of them."""
+        """Whether both operands are matrices, or batches of them with one batch axis, uncopied."""
         left, right = value(self.left), value(self.right)
-        if left.ndim == right.ndim == 2:
-            return True
-        return left.shape[:-2] == right.shape[:-2] and (
-            left.ndim == 3 or (left.is_contiguous() and right.is_contiguous())
-        )
+        return left.ndim <= 3 or (left.is_contiguous() and right.is_contiguous())
 
     def build(self, build: Builder) -> list[Node]:
         named = {"beta": self.beta, "alpha": self.alpha}
@@ -131,8 +127,8 @@ def scaled_sum(node: Node) -> ScaledSum | None:
         alpha *= signs[place] * left_scale * right_scale
         beta *= signs[1 - place]
         parts = (node, product, added, left, right)
-        matrices = shape(node) == shape(product) == shape(added) and min(
-            len(shape(left)), len(shape(right))) >= 2
+        matrices = shape(node) == shape(product) == shape(added) and (
+            shape(left)[:-2] == shape(right)[:-2] == shape(node)[:-2] and len(shape(node)) > 1)
         one_dtype = len({value(p).dtype for p in parts}) == 1
         inexact = value(node).is_floating_point() or value(node).is_complex()
         if matrices and one_dtype and inexact and alpha and beta:

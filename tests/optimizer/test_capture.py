@@ -906,3 +906,11 @@ def test_the_warning_points_at_the_call() -> None:
         for length in range(1, 11):
             fast(torch.ones(length))
     assert [w.filename for w in caught if "signatures" in str(w.message)] == [__file__]
+
+
+def test_as_strided_is_refused_with_what_to_use_instead() -> None:
+    fast = apply_passes(Program(lambda m, x: torch.as_strided(x, (2, 2), (1, 2)) + 1),
+                        (random(3, 4),), measure=False)
+    failure = fast.report.signatures[0].failure
+    assert failure is not None
+    assert "depends on how its tensor lies in memory; use unfold, select or slices" in failure

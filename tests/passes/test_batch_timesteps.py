@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from looplift.optimizer.facts import aten, is_op, is_scan
+from looplift.optimizer.facts import all_graphs, aten, is_op, is_scan
 from looplift.passes.batch_timesteps import BatchTimesteps
 from looplift.passes.reroll_loops import RerollLoops
 from torch import Tensor, nn
@@ -128,3 +128,34 @@ def test_shared_weights_are_never_copied(run: Any) -> None:
     outcome = run(Recurrence(), (torch.randn(2, 5, 4),), PASSES)
     weights = [n for n in outcome.graph_module.graph.nodes if "weight" in n.name]
     assert all(is_op(u, aten.linear.default) for w in weights for u in w.users)
+
+
+class Iterated(nn.Module):
+    """A recurrence of its own in each row; the rows do not know of one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, lasts = [], []
+        for r in range(x.shape[1]):
+            h, seen = torch.zeros(x.shape[0], x.shape[3]), []
+            for t in range(x.shape[2]):
+                h = torch.tanh(h @ self.weight + x[:, r, t])
+                seen.append(h)
+            rows.append(torch.stack(seen, 1))
+            lasts.append(h)
+        return torch.stack(rows, 1), torch.stack(lasts, 0)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(3, 5), (5, 3), (4, 4)])
+def test_recurrences_of_independent_rows_run_together(
+    rows: int, steps: int, run: Any, equal: Any
+) -> None:
+    model, x = Iterated(), torch.randn(2, rows, steps, 4)
+    graphs = list(all_graphs(run(model, (x,)).graph_module))
+    assert len(graphs) <= 2  # the model's, and perhaps one loop over time for all rows
+    products = [n for g in graphs for n in g.graph.nodes if is_op(n, aten.matmul.default)]
+    assert len(products) <= steps
+    equal(model, (x,))

@@ -34,7 +34,7 @@ class Sinkhorn(nn.Module):
 
 class Difference(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * x - x @ x + (x - 3 * (x @ x))
+        return 2 * x - x @ x + (x - 3 * (x.mT @ x))
 
 
 class SharedProduct(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looplift.optimizer.facts import aten, is_op
 from looplift.passes.reroll_loops import RerollLoops
 from torch import Tensor, nn
 
@@ -280,6 +281,18 @@ def test_leaves_autocast_regions_alone(run: Any) -> None:
         s.reason for s in outcome.skips]
 
 
+def test_what_a_region_computes_is_not_merged_with_the_same_outside(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = m.a(x)
+            mixed = inside.float().tanh()
+        result: Tensor = m.a(x) + mixed + inside.float().tanh()
+        return result
+
+    model, x = Model(forward), torch.randn(3, 4, 4)
+    assert equal(model, (x,))(x).dtype == torch.float32
+
+
 def test_a_start_of_another_shape_is_a_peeled_first_trip(equal: Any) -> None:
     fast = equal(Model(growing_start), (torch.randn(3, 6, 4),))
     assert "5 ×" in fast.report.to_dict()["rewrites"][0]["summary"]
@@ -308,3 +321,43 @@ def test_fifty_thousand_operations_take_seconds() -> None:
     assert found[0].period == 20
     assert found[0].trips == 2500
     assert time.perf_counter() - start < 10
+
+
+def test_what_every_step_computes_alike_is_computed_before_the_loop(run: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros(x.shape[0], x.shape[2]), []
+        for t in range(x.shape[1]):
+            h = torch.sigmoid(m.decay) * h + torch.tanh(x.transpose(0, 1)[t])
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+    outcome = run(Model(forward), (torch.randn(3, 6, 4),))
+    assert "6 × 3 operations → one scan" in [a.summary for a in outcome.applied]
+    sigmoids = [n for n in outcome.graph_module.graph.nodes if is_op(n, aten.sigmoid.default)]
+    assert len(sigmoids) == 1
+
+
+def test_a_final_carry_that_shows_an_input_still_does(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = torch.zeros(x.shape[0], x.shape[2]), []
+        for t in range(x.shape[1]):
+            outputs.append(torch.tanh(x[:, t] + h))
+            h = x[:, t]
+        return torch.stack(outputs, 1), h
+
+    x = torch.randn(3, 6, 4)
+    fast = equal(Model(forward), (x,))
+    with torch.no_grad():
+        assert fast(x)[1]._base is x
+
+
+def test_a_final_carry_keeps_its_strides(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], x.shape[2])
+        for t in range(x.shape[1]):
+            h = torch.tanh((h + x[:, t]).t().contiguous()).t() + 0 * h.sum()
+        return h + 1
+
+    model, x = Model(forward), torch.randn(3, 6, 4)
+    fast = equal(model, (x,))
+    assert fast(x).stride() == model(x).stride()
