@@ -130,6 +130,7 @@ def restore(
     `captured` is the graph as it was then. Raises `ContractError` where that is not possible.
     """
     end, leaves = output_node(graph_module), results(graph_module)
+    propagate(graph_module, mode)
     originals = results(captured)
     inputs = dict(zip(placeholders(captured), placeholders(graph_module), strict=True))
     owners = {_storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
@@ -141,7 +142,7 @@ def restore(
         if was.owner is None:
             leaves[position] = _settled(build, leaves[position])
         now = _seen(leaves[position], position, dict(owners))
-        if was.owner is not None and was.owner < 0 and now.owner != was.owner:
+        if was.owner is not None and was.owner < 0 and now != was:
             leaves[position] = _viewed_again(build, originals[position], inputs)
         elif now != was:
             leaves[position] = _restored(build, leaves, position, was, now)
@@ -184,8 +185,6 @@ def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: 
         if now.owner is None and now.strides == was.strides:
             return cast(Node, node)  # elsewhere in a storage of its own
         return _with_strides(build, node, was.strides)
-    if was.owner < 0:
-        raise ContractError(f"output {position} shows its input in another way")
     base = value(leaves[was.owner])
     last = was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
     if base.untyped_storage().size() // base.element_size() <= last:

@@ -217,6 +217,7 @@ class _Assembly:
     def _written(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:
         """The buffer after all steps, from the per-step values stacked on axis 0."""
         build, axis = self.build, write.axis
+        start = write.start if write.after is None else self._written(write.after, lanes_at)
         stacked = self._all_steps(write, lanes_at)
         begins = list(write.begins)
         if begins[1] < begins[0]:
@@ -226,16 +227,16 @@ class _Assembly:
         end = begins[-1] + width
         if write.width is not None:
             if gap > width:
-                return build.call(write_windows, write.start, moved, axis, begins[0], gap)
+                return build.call(write_windows, start, moved, axis, begins[0], gap)
             sizes = shape(moved)
             moved = build.reshape(
                 moved, [*sizes[:axis], len(begins) * width, *sizes[axis + 2 :]]
             )
             gap = 1
-        if (begins[0], gap, end) == (0, 1, shape(write.start)[axis]):
+        if (begins[0], gap, end) == (0, 1, shape(start)[axis]):
             return build.call(aten.contiguous.default, moved)
         return build.call(
-            aten.slice_scatter.default, write.start, moved, axis, begins[0], end, gap
+            aten.slice_scatter.default, start, moved, axis, begins[0], end, gap
         )
 
     def _all_steps(self, write: Write, lanes_at: dict[Local | Carried, Node]) -> Node:

@@ -38,6 +38,10 @@ class Lane:
         return len(shape(self.node)) - 1
 
 
+INACCURATE = tuple(  # torch.vmap computes them in float32, whatever the dtype
+    getattr(packet, name) for packet in (aten.linspace, aten.logspace)
+    for name in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")
+)
 Operand = Lane | Node | Any
 Outcome = Lane | tuple[Lane, ...] | None
 
@@ -54,7 +58,7 @@ class Batcher:
 
     def operation(self, node: Node, known: Mapping[Node, Any]) -> Outcome:
         """`node` with its operands looked up in `known`; None where it cannot be batched."""
-        if is_random(node) or is_scan(node):
+        if is_random(node) or is_scan(node) or node.target in INACCURATE:
             return None
         if node.target is operator.getitem:
             source = known[cast(Node, node.args[0])]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .facts import SCAN, aten, is_op, shape, value
+from .facts import SCAN, aten, has_body, is_op, shape, stacked_as, value
 from .loop import plain_loop
 
 
@@ -143,7 +143,16 @@ def fake_result(node: Node, mode: FakeTensorMode) -> Any:
         return scan_result(node, mode)
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value)
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        if is_op(node, aten.permute.default) and _is_stacked(node):
+            return made.new_empty(made.shape)  # a loop's results are stacked where they are used
+        return made
+
+
+def _is_stacked(node: Node) -> bool:
+    source = cast(Node, node.args[0])
+    return source.target is operator.getitem and has_body(source.args[0]) and (
+        stacked_as(source)[0] is node)
 
 
 def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:

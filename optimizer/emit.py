@@ -28,6 +28,7 @@ from .facts import (
     is_tensor,
     shape,
     source_line,
+    stacked_as,
     trips,
 )
 
@@ -179,7 +180,7 @@ class _Source:
             if k < held:
                 self.names[user] = self._name(heads[k])
                 continue
-            target, axis = _stacked_as(user)
+            target, axis = stacked_as(user)
             self.lines.append(
                 f"{indent}{self._name(target)} = torch.stack({columns[k]}, {axis})"
             )
@@ -290,7 +291,7 @@ def _from_loop(node: Node) -> bool:
     source = node.args[0]
     return (
         isinstance(source, Node) and _from_loop(source) and source.target is operator.getitem
-        and _stacked_as(source)[0] is node
+        and stacked_as(source)[0] is node
     )
 
 
@@ -305,23 +306,6 @@ def _is_unpacked(node: Node) -> bool:
         return False
     places = {user.args[1] for user in node.users if user.target is operator.getitem}
     return len(places) == len(node.users) == len(cast(list[int], node.args[1]))
-
-
-def _stacked_as(result: Node) -> tuple[Node, int]:
-    """The node that a loop's stacked result is, and the axis to stack it along.
-
-    If the result is only ever permuted to put its steps elsewhere, it is stacked there.
-    """
-    loop = cast(Node, result.args[0])
-    if cast(int, result.args[1]) < len(cast(list[Node], loop.args[1])):
-        return result, 0
-    users = list(result.users)
-    if len(users) == 1 and is_op(users[0], aten.permute.default):
-        order = list(cast(list[int], users[0].args[1]))
-        axis = order.index(0)
-        if [d for d in order if d] == sorted(d for d in order if d):
-            return users[0], axis
-    return result, 0
 
 
 def _front_axis(node: Node) -> int | None:

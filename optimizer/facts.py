@@ -170,6 +170,23 @@ def trips(node: Node) -> int:
     return int(value(cast(list[Node], node.args[2])[0]).shape[0])
 
 
+def stacked_as(result: Node) -> tuple[Node, int]:
+    """The node that a loop's stacked result is, and the axis to stack it along.
+
+    If the result is only ever permuted to put its steps elsewhere, it is stacked there.
+    """
+    loop = cast(Node, result.args[0])
+    if cast(int, result.args[1]) < len(cast(list[Node], loop.args[1])):
+        return result, 0
+    users = list(result.users)
+    if len(users) == 1 and is_op(users[0], aten.permute.default):
+        order = list(cast(list[int], users[0].args[1]))
+        axis = order.index(0)
+        if [d for d in order if d] == sorted(d for d in order if d):
+            return users[0], axis
+    return result, 0
+
+
 def all_graphs(graph_module: GraphModule) -> Iterator[GraphModule]:
     """`graph_module`, then the bodies of its scans, outermost first."""
     yield graph_module

@@ -154,7 +154,7 @@ class Write:
     axis: int
     begins: tuple[int, ...]
     width: int | None  # None: one index, its axis dropped
-    step: int
+    after: Write | None = None  # the write before it in the same trip
 
 
 @dataclass
@@ -197,7 +197,8 @@ def fold(operations: Sequence[Node], period: int) -> Loop:
             loop.outside[place] = used
     for place in range(period):
         _find_read(loop, place)
-        _find_write(loop, place)
+    for place in range(period):
+        _find_writes(loop, place)
     for place in range(period):
         if place not in loop.reads and place not in loop.writes:
             _check_arguments(loop, place)
@@ -246,37 +247,69 @@ def _numbers(source: Source, trips: int) -> tuple[int, ...]:
     return (source.held,) * trips
 
 
-def _find_write(loop: Loop, place: int) -> None:
-    """A scatter into a buffer that the loop only writes, each step at another place."""
+def _find_writes(loop: Loop, place: int) -> None:
+    """The scatters, `place` the first in a trip, into a buffer that the loop only writes.
+
+    Each writes where no other does, in any trip, so that their order does not matter.
+    """
+    base = loop.sources[place][0] if _is_scatter(loop, place) else None
+    if not isinstance(base, Carried) or len(base.start) != 1:
+        return
+    chain = [base.place]
+    while chain[0] != place:
+        before = loop.sources[chain[0]][0] if _is_scatter(loop, chain[0]) else None
+        if not isinstance(before, Local):
+            return
+        chain.insert(0, before.place)
+    if not _only_written(loop, chain):
+        return
+    writes = [_write(loop, one, base.start[0]) for one in chain]
+    covered: set[int] = set()
+    for write in writes:
+        if write is None or write.axis != writes[0].axis:  # type: ignore[union-attr]
+            return
+        places = [b + k for b in write.begins for k in range(write.width or 1)]
+        if len(writes) > 1 and covered.intersection(places):
+            return
+        covered.update(places)
+    previous: Write | None = None
+    for write in writes:
+        assert write is not None
+        write.after, previous = previous, write
+        loop.writes[write.place] = write
+
+
+def _is_scatter(loop: Loop, place: int) -> bool:
     node = loop.stretch.operations[place]
-    if not is_op(node, aten.select_scatter.default, aten.slice_scatter.default):
-        return
-    base, source, axis, *where = loop.sources[place]
-    if base != Carried(place, base.start if isinstance(base, Carried) else ()):
-        return
-    assert isinstance(base, Carried)
-    if len(base.start) != 1 or not isinstance(axis, Constant):
-        return
-    if not isinstance(source, (Local, Carried, Invariant)):
-        return
+    return is_op(node, aten.select_scatter.default, aten.slice_scatter.default)
+
+
+def _only_written(loop: Loop, chain: Sequence[int]) -> bool:
+    """Whether each state of a buffer is read by the next write alone."""
+    columns = zip(*(loop.stretch.column(place) for place in chain), strict=True)
+    states = [node for trip in columns for node in trip]
+    return all(set(node.users) == {after} for node, after in itertools.pairwise(states))
+
+
+def _write(loop: Loop, place: int, start: Node) -> Write | None:
+    """A write of one value per step at places that form a progression, if it is one."""
+    node = loop.stretch.operations[place]
+    _, source, axis, *where = loop.sources[place]
+    if not isinstance(axis, Constant) or not isinstance(source, (Local, Carried, Invariant)):
+        return None
     if isinstance(source, Carried):
         _check_start(loop.stretch.operations[source.place], source, node)
-    column = loop.stretch.column(place)
-    follows = itertools.pairwise(column)
-    if any(set(n.users) != {after} for n, after in follows):
-        return
     begins = _numbers(where[0], loop.trips)
     width: int | None = None
-    step = 1
     if is_op(node, aten.slice_scatter.default):
         widths = {e - b for b, e in zip(begins, _numbers(where[1], loop.trips), strict=True)}
         if len(widths) != 1 or where[2] != Constant(1):
-            return
+            return None
         width = widths.pop()
     gaps = [abs(b - a) for a, b in itertools.pairwise(begins)]
     if progression(begins) is None or min(gaps) < (width or 1):
-        return
-    loop.writes[place] = Write(place, base.start[0], source, axis.held, begins, width, step)
+        return None
+    return Write(place, start, source, axis.held, begins, width)
 
 
 def _check_arguments(loop: Loop, place: int) -> None:

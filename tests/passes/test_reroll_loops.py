@@ -361,3 +361,45 @@ def test_a_final_carry_keeps_its_strides(equal: Any) -> None:
     model, x = Model(forward), torch.randn(3, 6, 4)
     fast = equal(model, (x,))
     assert fast(x).stride() == model(x).stride()
+
+
+def test_alternate_writes_into_one_buffer(run: Any, equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], 2 * x.shape[1], x.shape[2])
+        for t in range(x.shape[1]):
+            out[:, 2 * t] = m.a(x[:, t])
+            out[:, 2 * t + 1] = m.b(x[:, t])
+        return out
+
+    model, x = Model(forward), torch.randn(3, 6, 4)
+    outcome = run(model, (x,))
+    linears = [n for n in outcome.graph_module.graph.nodes if is_op(n, aten.linear.default)]
+    assert len(linears) == 2
+    equal(model, (x,))
+
+
+def test_writes_over_one_another_keep_their_order(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], x.shape[1] + 1, x.shape[2])
+        for t in range(x.shape[1]):
+            out[:, t] = m.a(x[:, t])
+            out[:, t + 1] = m.b(x[:, t])
+        return out
+
+    equal(Model(forward), (torch.randn(3, 6, 4),))
+
+
+def test_stacked_results_have_the_strides_of_the_source(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros(x.shape[0], x.shape[2]), []
+        for t in range(x.shape[1]):
+            h = 0.5 * h + x[..., t, :]
+            outputs.append((h + x[..., t, :]) * (t + 1))
+        return torch.stack(outputs)
+
+    model = Model(forward)
+    for shape in ((2, 3, 1), (1, 3, 2), (2, 3, 4)):
+        x = torch.randn(shape)
+        fast = equal(model, (x,))
+        with torch.no_grad():
+            assert fast(x).stride()[:2] == model(x).stride()[:2]
