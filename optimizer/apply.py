@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, output_node, placeholders
-from .facts import SUPERSEDED, aten, body_of, has_body, is_tensor, is_view, source_line, value
+from .facts import SUPERSEDED, aten, is_tensor, is_view, source_line, value
 from .normal_form import merge_equal, propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
 
@@ -130,7 +129,7 @@ def restore(
     `captured` is the graph as it was then. Raises `ContractError` where that is not possible.
     """
     end, leaves = output_node(graph_module), results(graph_module)
-    propagate(graph_module, mode)
+    propagate(graph_module, mode, exact=True)
     originals = results(captured)
     inputs = dict(zip(placeholders(captured), placeholders(graph_module), strict=True))
     owners = {_storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
@@ -139,8 +138,6 @@ def restore(
     for position, was in enumerate(before):
         if was.strides is None:
             continue
-        if was.owner is None:
-            leaves[position] = _settled(build, leaves[position])
         now = _seen(leaves[position], position, dict(owners))
         if was.owner is not None and was.owner < 0 and now != was:
             leaves[position] = _viewed_again(build, originals[position], inputs)
@@ -148,24 +145,7 @@ def restore(
             leaves[position] = _restored(build, leaves, position, was, now)
         owners.setdefault(_storage(value(leaves[position])), position)
     end.args = (leaves,)
-    propagate(graph_module, mode)
     graph_module.recompile()
-
-
-def _settled(build: Builder, node: Node) -> Node:
-    """`node`, contiguous and no view, if it shows what a loop carries, which may lie anyhow."""
-    base = node
-    while is_view(base):
-        base = cast(Node, base.args[0])
-    if base.target is not operator.getitem or not has_body(base.args[0]):
-        return node
-    loop, place = cast(tuple[Node, int], base.args)
-    if place >= len(cast(list[Node], loop.args[1])):
-        return node
-    carried = cast(tuple[Node, ...], output_node(body_of(loop)).args[0])[place]
-    if carried.op == "placeholder" or is_view(carried):
-        return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    return build.call(aten.contiguous.default, node)
 
 
 def _viewed_again(build: Builder, original: Node, inputs: dict[Node, Node]) -> Node:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from .facts import SCAN, aten, has_body, is_op, shape, stacked_as, value
+from .facts import SCAN, aten, body_of, has_body, is_op, shape, stacked_as, value
 from .loop import plain_loop
 
 
@@ -141,18 +142,19 @@ def fake_result(node: Node, mode: FakeTensorMode) -> Any:
         return node.meta.get("val")
     if node.target in (SCAN, plain_loop):
         return scan_result(node, mode)
-    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value)
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
     with mode, torch.no_grad():
-        made = node.target(*args, **kwargs)  # type: ignore[operator]
-        if is_op(node, aten.permute.default) and _is_stacked(node):
-            return made.new_empty(made.shape)  # a loop's results are stacked where they are used
-        return made
+        return _as_it_lies(node, node.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def _is_stacked(node: Node) -> bool:
+def _as_it_lies(node: Node, result: Any) -> Any:
+    """The result of `node`; a loop's results are stacked as the permute that reads them says."""
+    if not is_op(node, aten.permute.default):
+        return result
     source = cast(Node, node.args[0])
-    return source.target is operator.getitem and has_body(source.args[0]) and (
-        stacked_as(source)[0] is node)
+    if source.target is not operator.getitem or not has_body(source.args[0]):
+        return result
+    return result.new_empty(result.shape) if stacked_as(source)[0] is node else result
 
 
 def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:
@@ -167,13 +169,40 @@ def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:
         return tuple([r.new_empty(r.shape) for r in results[:held]] + stacked)
 
 
+def exact_result(loop: Node, known: Callable[[Node], Any], mode: FakeTensorMode) -> tuple[Any, ...]:
+    """What a scan or loop returns, its final carries lying in memory as they do after a run.
+
+    `known` gives the fake values of its arguments. The strides of a carry can change in the
+    first steps; after three they stay.
+    """
+    body = body_of(loop)
+    carries, slices, fixed = ([known(n) for n in cast(list[Node], loop.args[i])] for i in (1, 2, 3))
+    held, steps = len(carries), slices[0].shape[0]
+    results: list[Any] = []
+    with mode, torch.no_grad():
+        for _ in range(min(steps, 3)):
+            given = [*carries, *(s.select(0, 0) for s in slices), *fixed]
+            env: dict[Node, Any] = dict(zip(placeholders(body), given, strict=True))
+            for node in body.graph.nodes:
+                if node.op == "get_attr":
+                    env[node] = node.meta.get("val")
+                elif has_body(node):
+                    env[node] = exact_result(node, env.__getitem__, mode)
+                elif node.op == "call_function":
+                    args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+                    env[node] = _as_it_lies(node, node.target(*args, **kwargs))
+            results = [env[n] for n in cast(tuple[Node, ...], output_node(body).args[0])]
+            carries = results[:held]
+        return (*carries, *(r.new_empty((steps, *r.shape)) for r in results[held:]))
+
+
 def structure(graph_module: GraphModule) -> tuple[Any, ...]:
     """What a graph computes, without its nodes' names: equal for graphs that are the same."""
     numbers: dict[Node, str] = {}
     lines = []
     for number, node in enumerate(graph_module.graph.nodes):
         numbers[node] = f"%{number}"
-        args = torch.fx.node.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)
+        args = map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)
         target = node.target if node.op == "call_function" else ""
         held: Any = node.meta.get("val")
         if node.op == "get_attr":

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .builder import Builder, fake_result, placeholders
+from .builder import Builder, exact_result, fake_result, placeholders
 from .facts import (
     aten,
+    has_body,
     is_op,
     is_pure,
     is_random,
@@ -370,13 +371,17 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
 }
 
 
-def propagate(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+def propagate(graph_module: GraphModule, mode: FakeTensorMode, exact: bool = False) -> None:
     """Recompute every fake result from the placeholders on, so that strides are true.
 
-    An operation that refuses its inputs' strides gets contiguous ones.
+    The results of loops count as contiguous, unless `exact`. An operation that refuses its
+    inputs' strides gets contiguous ones.
     """
     for node in list(outside_regions(graph_module.graph.nodes)):
         if node.op != "call_function":
+            continue
+        if exact and has_body(node):
+            node.meta["val"] = exact_result(node, value, mode)
             continue
         try:
             node.meta["val"] = fake_result(node, mode)

@@ -177,17 +177,30 @@ def batched(
     got = run(*inputs)
     for number, tensors in enumerate(steps):
         want, _ = pytree.tree_flatten(step(*tensors))
-        for one, other in zip(want, got, strict=True):
+        for place, (one, other) in enumerate(zip(want, got, strict=True)):
+            if one.layout is not torch.strided:
+                return "not captured", "no dense tensor"
             try:
                 torch.testing.assert_close(other[number], one, equal_nan=True, rtol=0,
                                            atol=tolerance(one))
             except AssertionError as error:
-                return "wrong", " ".join(str(error).split())[:200]
+                if dtype is torch.float64 or not as_accurate(
+                    step, tensors, place, one, other[number]
+                ):
+                    return "wrong", " ".join(str(error).split())[:200]
     if left:
         return "in a loop", ", ".join(sorted({
             str(n.target) for scan in left for n in Facts(body_of(scan)).operations
             if not str(n.target).startswith("<")}))
     return "batched", ""
+
+
+def as_accurate(step: Step, tensors: list[Tensor], place: int, one: Tensor, other: Tensor) -> bool:
+    """Whether `other` is at most four times as far from float64's result as `one` is."""
+    exact = step(*[t.double() if t.dtype is torch.float32 else t for t in tensors])
+    reference = pytree.tree_leaves(exact)[place]
+    errors = [float((r - reference).abs().max()) for r in (one, other)]
+    return errors[1] <= 4 * errors[0]
 
 
 def tolerance(want: Tensor) -> float:
@@ -196,7 +209,7 @@ def tolerance(want: Tensor) -> float:
         return 0.0
     finite = want[want.isfinite()].abs()
     largest = max(float(finite.max()) if finite.numel() else 0.0, 1.0)
-    return largest * 64 * torch.finfo(want.dtype).eps
+    return largest * max(64 * torch.finfo(want.dtype).eps, 1e-10)
 
 
 def operators(names: Sequence[str]) -> list[Any]:
