@@ -247,7 +247,7 @@ def examined(job: tuple[int, int, list[str]]) -> Tally:
     return tally
 
 
-def table(tallies: Sequence[Tally]) -> str:
+def table(tallies: Sequence[Tally], most: int) -> str:
     """The summary and what was not batched, as Markdown."""
     total: Counter[str] = Counter()
     why: dict[str, list[str]] = defaultdict(list)
@@ -263,7 +263,8 @@ def table(tallies: Sequence[Tally]) -> str:
     lines = ["# PyTorch's operators, batched over steps", "",
              "Written by `make opinfo`: every operator of PyTorch's own test database, float32 and "
              "float64,", "its first tensor or all of its tensors read at each step of a loop of "
-             "three.", "", "| samples | |", "|---|---|"]
+             "three;", f"at most {most:,} samples of each operator and dtype.", "", "| samples | |",
+             "|---|---|"]
     lines += [f"| {kind} | {count:,} |" for kind, count in total.most_common()]
     lines += ["", "| operators | |", "|---|---|"]
     lines += [f"| {kind} | {count} |" for kind, count in kinds.most_common()]
@@ -290,7 +291,7 @@ def main() -> None:
                   file=sys.stderr, flush=True)
             for line in tally.wrong[:5]:
                 print(f"       WRONG {line}", file=sys.stderr, flush=True)
-    text = table(tallies)
+    text = table(tallies, given.samples)
     print(text)
     if given.write:
         given.write.write_text(text)
