@@ -70,6 +70,11 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(value(node).shape)
 
 
+def is_inexact(node: Node) -> bool:
+    """Whether `node` holds floating or complex numbers."""
+    return value(node).is_floating_point() or value(node).is_complex()
+
+
 def bytes_of(node: Node) -> int:
     """The size of `node`'s elements, each counted once for every place that shows it."""
     return value(node).numel() * value(node).element_size()

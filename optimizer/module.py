@@ -84,14 +84,13 @@ class OptimizedModule(nn.Module):
         Where that fails, for whatever reason, the original runs and the report says why. The
         random state is left as it was.
         """
-        given, structure = flatten(tuple(args), kwargs)
+        _, structure = flatten(tuple(args), kwargs)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         done: list[ModeReport] = []
         failure, start = None, time.perf_counter()
-        self.watched.look()
         for mode in modes:
             with torch.set_grad_enabled(mode == "training"):
-                self.specialized[self._signature(given, structure)] = self.original
+                self.specialized[self._signature(leaves, structure)] = self.original
         try:
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                 args, kwargs = pytree.tree_unflatten(list(copied(tuple(leaves))), spec)
@@ -103,7 +102,7 @@ class OptimizedModule(nn.Module):
                     selection = select(self.original, captured, args, kwargs, self.options, mode,
                                        self.progress, cache)
                     with torch.set_grad_enabled(mode == "training"):
-                        self.specialized[self._signature(given, structure)] = selection.module
+                        self.specialized[self._signature(leaves, structure)] = selection.module
                     if selection.rewritten is not None:
                         vars(self)["rewritten"] = selection.rewritten
                     done.append(mode_report(selection))

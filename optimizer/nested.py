@@ -28,15 +28,17 @@ def batched_scan(b: Batcher, scan: Node, known: Mapping[Node, Any]) -> tuple[Lan
     body = body_of(scan)
     carries, slices, fixed = (cast(list[Node], scan.args[i]) for i in (1, 2, 3))
     outer = [known[n] for n in (*carries, *slices, *fixed)]
-    lanes = [k for k, o in enumerate(outer) if isinstance(o, Lane) or k < len(carries)]
-    given = [_given(b, o, k, k in lanes, len(carries), len(slices)) for k, o in enumerate(outer)]
+    held, read = len(carries), len(carries) + len(slices)
+    lanes = [k for k, o in enumerate(outer) if isinstance(o, Lane) or k < held]
+    # lanes go in front, behind the steps that the scan reads itself
+    given = [b.repeated(o, int(held <= k < read)) if k in lanes else cast(Node, o)
+             for k, o in enumerate(outer)]
 
     graph = Graph()
     inner: dict[Node, Any] = {}
     for k, head in enumerate(placeholders(body)):
         made = graph.placeholder(head.name)
-        first = len(carries) <= k < len(carries) + len(slices)  # a slice is one step of it
-        made.meta["val"] = value(given[k])[0] if first else value(given[k])
+        made.meta["val"] = value(given[k])[0] if held <= k < read else value(given[k])
         inner[head] = Lane(made, 0) if k in lanes else made
     graph.output(())
     batched = GraphModule(Module(), graph)
@@ -47,16 +49,8 @@ def batched_scan(b: Batcher, scan: Node, known: Mapping[Node, Any]) -> tuple[Lan
     output_node(batched).args = (tuple(results),)
     remove_dead(batched)
     batched.recompile()
-    held, read = len(carries), len(carries) + len(slices)
     made_nodes = b.build.scan(batched, given[:held], given[held:read], given[read:])
     return tuple(Lane(node, 0 if k < held else 1) for k, node in enumerate(made_nodes))
-
-
-def _given(b: Batcher, operand: Any, k: int, lane: bool, carries: int, slices: int) -> Node:
-    """What the batched scan is given: lanes in front, behind the steps that it reads itself."""
-    if not lane:
-        return cast(Node, operand)
-    return b.repeated(operand, 1 if carries <= k < carries + slices else 0)
 
 
 def _batch_body(b: Batcher, body: GraphModule, known: dict[Node, Any]) -> list[Node] | None:

@@ -8,7 +8,7 @@ call, and only then looks closer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import starmap
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import State, model_state
+from .capture import model_state
 
 READ = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "training"}
 BOOKKEEPING = set(vars(nn.Module())) - READ  # what no forward reads
@@ -59,35 +59,25 @@ class Watched:
         self.generation = 0
         self.versions: dict[Hashable, int] = {}
         self.current = -1
-        self.look()
-
-    def look(self) -> None:
-        """Find the modules, tensors and settings anew."""
-        members = tuple(self.model.modules())
-        if members != self.members:
-            self.members, self.generation = members, self.generation + 1
-        self.state: tuple[State, ...] = model_state(self.model)
-        self.ties = _ties(self.model)
-        self.settings = tuple(map(_settings, members))
         self.glimpse: Glimpse | None = None
 
     def version(self) -> int:
         """A number that stands for the shapes, dtypes, ties and settings of the model as it is."""
         if self.glimpse is None or not self.glimpse.still_true():
-            try:
-                key = self._key()
-            except (AttributeError, KeyError):  # a tensor or setting is gone
-                self.look()
-                key = self._key()
+            key = self._key()
             self.current = self.versions.setdefault(key, len(self.versions))
             self.glimpse = glimpse(self.members)
         return self.current
 
     def _key(self) -> Hashable:
-        places = [s.place() for s in self.state]
-        state = tuple((h[name].shape, h[name].dtype, h[name].device, id(h)) for h, name in places)
-        tied = tuple(one[key] is other[name] for one, key, other, name in self.ties)
-        return self.generation, state, tied, tuple(read() for read in self.settings)
+        members = tuple(self.model.modules())
+        if members != self.members:
+            self.members, self.generation = members, self.generation + 1
+        state = []
+        for held in model_state(self.model):
+            tensor, (holder, _) = held.get(), held.place()
+            state.append((held.name, tensor.shape, tensor.dtype, tensor.device, id(holder)))
+        return self.generation, tuple(state), _ties(members), tuple(map(_settings, members))
 
 
 class Glimpse:
@@ -141,35 +131,25 @@ def _strides(tensor: Tensor) -> Hashable:
     return tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
-def _ties(model: nn.Module) -> tuple[tuple[dict[str, Any], str, dict[str, Any], str], ...]:
-    """The places that hold one parameter, in pairs: whether they still do is to be seen."""
-    first: dict[int, tuple[dict[str, Any], str]] = {}
-    pairs = []
-    for module in model.modules():
-        held: dict[str, Any] = module._parameters
-        for name, parameter in held.items():
-            if parameter is not None and id(parameter) in first:
-                pairs.append((*first[id(parameter)], held, name))
-            elif parameter is not None:
-                first[id(parameter)] = (held, name)
-    return tuple(pairs)
+def _ties(members: Sequence[nn.Module]) -> tuple[int, ...]:
+    """For each place that holds a parameter, the first that holds the same one."""
+    first: dict[int, int] = {}
+    slots = [p for module in members for p in module._parameters.values() if p is not None]
+    return tuple(first.setdefault(id(p), number) for number, p in enumerate(slots))
 
 
-def _settings(module: nn.Module) -> Callable[[], Hashable]:
-    """Reads what forward may depend on besides tensors: numbers, texts, and which hooks exist."""
+def _settings(module: nn.Module) -> Hashable:
+    """What forward may depend on besides tensors: numbers, texts, and which hooks exist."""
     held = vars(module)
-    names = [n for n, x in held.items() if isinstance(x, PLAIN)]
-    lists = [n for n, x in held.items() if isinstance(x, (list, tuple)) and not n.startswith("_")]
-
-    def read() -> Hashable:
-        return (
-            *((type(held[n]), held[n]) for n in names),
-            *(tuple(map(_hashable, held[n])) for n in lists), len(held),
-            len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
-            *map(id, held["_modules"].values()),
-        )
-
-    return read
+    own = {n: x for n, x in held.items() if n not in BOOKKEEPING}
+    return (
+        *((n, type(x), x) for n, x in own.items() if isinstance(x, PLAIN)),
+        *((n, *map(_hashable, x)) for n, x in own.items() if isinstance(x, (list, tuple))),
+        *((n, *((k, _hashable(v)) for k, v in x.items())) for n, x in own.items()
+          if isinstance(x, dict) and n not in READ),
+        len(held), len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
+        *map(id, held["_modules"].values()),
+    )
 
 
 def _hashable(leaf: Any) -> Hashable:

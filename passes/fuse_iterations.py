@@ -28,7 +28,16 @@ from typing import Any, ClassVar, cast
 from torch.fx import Node
 
 from ..optimizer.builder import Builder
-from ..optimizer.facts import Facts, aten, is_op, is_tensor, shape, source_line, value
+from ..optimizer.facts import (
+    Facts,
+    aten,
+    is_inexact,
+    is_op,
+    is_tensor,
+    shape,
+    source_line,
+    value,
+)
 from ..optimizer.rewrite import Rewrite, Skip
 
 
@@ -130,8 +139,7 @@ def scaled_sum(node: Node) -> ScaledSum | None:
         matrices = shape(node) == shape(product) == shape(added) and (
             shape(left)[:-2] == shape(right)[:-2] == shape(node)[:-2] and len(shape(node)) > 1)
         one_dtype = len({value(p).dtype for p in parts}) == 1
-        inexact = value(node).is_floating_point() or value(node).is_complex()
-        if matrices and one_dtype and inexact and alpha and beta:
+        if matrices and one_dtype and is_inexact(node) and alpha and beta:
             return ScaledSum(product, added, beta, alpha, left, right)
     return None
 

@@ -24,7 +24,7 @@ from typing import ClassVar, cast
 from torch.fx import Node
 
 from ..optimizer.builder import Builder
-from ..optimizer.facts import Facts, aten, is_op, is_tensor, source_line, value
+from ..optimizer.facts import Facts, aten, is_inexact, is_op, is_tensor, source_line, value
 from ..optimizer.rewrite import Rewrite, Skip
 
 
@@ -53,7 +53,7 @@ class FuseMultiplyAdd:
 def product_in(node: Node) -> Node | None:
     """The operand of a sum (of a difference, the second) that is a product of its dtype."""
     operands = cast(list[Node], list(node.args))
-    if not all(map(is_tensor, operands)) or not inexact(node):
+    if not all(map(is_tensor, operands)) or not is_inexact(node):
         return None
     candidates = operands if is_op(node, aten.add.Tensor) else operands[1:]
     for product in reversed(candidates):
@@ -62,10 +62,6 @@ def product_in(node: Node) -> Node | None:
             if all(value(p).dtype == value(node).dtype for p in parts):
                 return product
     return None
-
-
-def inexact(node: Node) -> bool:
-    return value(node).is_floating_point() or value(node).is_complex()
 
 
 def fused(pass_name: str, node: Node, product: Node) -> Rewrite:

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,10 @@ def batched(
     dtype: torch.dtype,
 ) -> tuple[str, str]:
     """What became of one sample, and why."""
-    scanned = Capture(**{**vars(captured), "graph_module": in_scan(captured, steps, varied),
-                         "seen": [], "begun": {}})
+    scanned = replace(captured, graph_module=in_scan(captured, steps, varied), seen=(), begun={})
     outcome = run_passes(scanned, [VectorizePatches()])
     left = [n for n in outcome.graph_module.graph.nodes if is_scan(n)]
-    final = Capture(**{**vars(scanned), "graph_module": outcome.graph_module, "begun": {}})
+    final = replace(scanned, graph_module=outcome.graph_module, begun={})
     run, _ = compiled(run_passes(final, [LowerScans()]).graph_module)
     inputs = [torch.stack([s[k] for s in steps]) if k in varied else steps[0][k]
               for k in range(len(steps[0]))]

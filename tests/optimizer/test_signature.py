@@ -24,12 +24,13 @@ class Configured(nn.Module):
         self.inner = nn.Linear(3, 3)
         self.twin = nn.Linear(3, 3)
         self.twin.weight = self.inner.weight
+        self.bare = nn.Linear(3, 3, bias=False)
         self.register_buffer("offset", torch.ones(3))
         self.table = torch.ones(3)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = sum((self.inner(x) ** p for p in self.powers), self.options["shift"] * x)
-        y = y * self.scale + self.offset + self.table
+        y = self.bare(y) * self.scale + self.offset + self.table
         tied = self.twin.weight is self.inner.weight
         return y + self.twin(x) if tied else y
 
@@ -50,6 +51,8 @@ CHANGES: dict[str, Callable[[Configured], object]] = {
     "a number's type": lambda m: setattr(m, "scale", 2.0),
     "an entry of a list": lambda m: m.powers.__setitem__(0, 3),
     "the length of a list": lambda m: m.powers.append(3),
+    "an entry of a table": lambda m: m.options.__setitem__("shift", 2.0),
+    "a bias that was none": lambda m: setattr(m.bare, "bias", nn.Parameter(torch.ones(3))),
     "a submodule": lambda m: setattr(m, "inner", nn.Linear(3, 3)),
     "a bias": lambda m: setattr(m.inner, "bias", None),
     "a tie": lambda m: setattr(m.twin, "weight", nn.Parameter(m.twin.weight.clone())),
