@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check lint types bench opinfo fuzz setup clean
+.PHONY: demo test check lint types bench corpus opinfo fuzz setup clean
 
 demo: $(READY)
 	$(BIN)/optimize-cli models/eigenstate.py
@@ -21,6 +21,15 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench.py
+
+corpus: .venv/corpus
+	$(BIN)/python tests/corpus/run.py --write docs/corpus.md
+
+# vit-pytorch asks for torchvision, of which there is no CPU build for every torch; it isn't used
+.venv/corpus: $(READY) constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,corpus]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt vit-pytorch
+	touch $@
 
 opinfo: $(READY)
 	$(BIN)/python tests/opinfo.py --write docs/opinfo.md

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .facts import SCAN, aten, body_of, has_body, is_op, shape, stacked_as, value
+from .facts import SCAN, aten, body_of, has_body, is_op, only_last, shape, stacked_as, value
 from .loop import plain_loop
 
 
@@ -122,9 +122,9 @@ class Builder:
         attribute = self.attribute("body", body)
         return self._results(SCAN, attribute, list(carries), list(slices), list(invariants))
 
-    def loop(self, run: Any, scan: Node) -> list[Node]:
-        """`run`, a function with scan's arguments and results, in place of `scan`."""
-        return self._results(run, *scan.args)
+    def loop(self, scan: Node, last: Sequence[int]) -> list[Node]:
+        """A plain loop in place of `scan`; of the results in `last` the last step's alone."""
+        return self._results(plain_loop, *scan.args, *([list(last)] if last else []))
 
     def _results(self, target: Any, *args: Any) -> list[Node]:
         node = self.call(target, *args)
@@ -165,8 +165,8 @@ def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:
     results = [value(n) for n in output_node(body).args[0]]  # type: ignore[union-attr, arg-type]
     held = len(carries)  # type: ignore[arg-type]
     with mode, torch.no_grad():
-        stacked = [r.new_empty((steps, *r.shape)) for r in results[held:]]
-        return tuple([r.new_empty(r.shape) for r in results[:held]] + stacked)
+        return tuple(r.new_empty(r.shape if k < held or k in only_last(node)
+                                 else (steps, *r.shape)) for k, r in enumerate(results))
 
 
 def exact_result(loop: Node, known: Callable[[Node], Any], mode: FakeTensorMode) -> tuple[Any, ...]:
@@ -193,7 +193,8 @@ def exact_result(loop: Node, known: Callable[[Node], Any], mode: FakeTensorMode)
                     env[node] = _as_it_lies(node, node.target(*args, **kwargs))
             results = [env[n] for n in cast(tuple[Node, ...], output_node(body).args[0])]
             carries = results[:held]
-        return (*carries, *(r.new_empty((steps, *r.shape)) for r in results[held:]))
+        return (*carries, *(r if k in only_last(loop) else r.new_empty((steps, *r.shape))
+                            for k, r in enumerate(results[held:], held)))
 
 
 def structure(graph_module: GraphModule) -> tuple[Any, ...]:

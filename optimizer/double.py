@@ -20,8 +20,19 @@ def doubled(tensor: Tensor) -> Tensor:
     return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
 
 
+LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+
 class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes in float64 also where a program names a narrower dtype."""
+    """Computes in float64 also where a program names a narrower dtype.
+
+    A tensor made of numbers is rounded to `narrow`, the program's own dtype, which it has in
+    a graph captured in that dtype.
+    """
+
+    def __init__(self, narrow: torch.dtype | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.narrow = narrow
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -30,22 +41,25 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kwargs.get("dtype") in WIDER:
             kwargs["dtype"] = WIDER[kwargs["dtype"]]
         wide = pytree.tree_map_only(torch.dtype, lambda d: WIDER.get(d, d), args)
+        if func in LIFTED:
+            lifted = func(*args, **kwargs)
+            round_off = lifted.is_floating_point() and self.narrow is not None
+            return doubled(lifted.to(self.narrow) if round_off else lifted)
+        in_place = func._schema.is_mutable or func.is_view
+        if not in_place:
+            wide, kwargs = pytree.tree_map_only(Tensor, doubled, (wide, kwargs))
         result = func(*wide, **kwargs)
-        narrow = isinstance(result, Tensor) and result.dtype in WIDER
-        if narrow and not func._schema.is_mutable and not any(map(_is_narrow, args)):
-            return doubled(result)
-        return result
-
-
-def _is_narrow(leaf: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.dtype in WIDER for t in pytree.tree_leaves(leaf))
+        return doubled(result) if isinstance(result, Tensor) and not in_place else result
 
 
 @contextlib.contextmanager
-def in_double(double: bool) -> Iterator[None]:
-    """Within it (if `double`) what is computed is computed in float64, without autocast."""
+def in_double(double: bool, narrow: torch.dtype | None) -> Iterator[None]:
+    """Within it (if `double`) what is computed is computed in float64, without autocast.
+
+    `narrow` is the dtype that the program is meant for, if it is one.
+    """
     if not double:
         yield
         return
-    with _Doubling(), torch.autocast("cpu", enabled=False):  # type: ignore[no-untyped-call]
+    with _Doubling(narrow), torch.autocast("cpu", enabled=False):
         yield

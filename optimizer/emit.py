@@ -26,6 +26,7 @@ from .facts import (
     has_body,
     is_op,
     is_tensor,
+    only_last,
     shape,
     source_line,
     stacked_as,
@@ -155,7 +156,8 @@ class _Source:
             self.names[head] = self._name(outer)
         for head, start in zip(heads[:held], carries, strict=True):
             self.lines.append(f"{indent}{self._name(head)} = {self._text(start)}")
-        kept = [k for k in range(held, len(outputs)) if k in users]
+        last = {k: self._name(users[k]) for k in only_last(node) if k in users}
+        kept = [k for k in range(held, len(outputs)) if k in users and k not in last]
         columns = {k: self._fresh("outputs") for k in kept}
         for name in columns.values():
             self.lines.append(f"{indent}{name} = []")
@@ -171,6 +173,8 @@ class _Source:
         self._block(body, inner)
         for k in kept:
             self.lines.append(f"{inner}{columns[k]}.append({self._text(outputs[k])})")
+        for k, name in last.items():
+            self.lines.append(f"{inner}{name} = {self._text(outputs[k])}")
         pairs = zip(heads[:held], outputs, strict=False)
         moved = [(self._name(h), self._text(o)) for h, o in pairs if h is not o]
         if moved:
@@ -179,6 +183,7 @@ class _Source:
         for k, user in sorted(users.items()):
             if k < held:
                 self.names[user] = self._name(heads[k])
+            if k < held or k in last:
                 continue
             target, axis = stacked_as(user)
             self.lines.append(

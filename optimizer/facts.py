@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +91,11 @@ def is_scan(node: object) -> bool:
 def has_body(node: object) -> bool:
     """Whether `node` is a scan, or the loop that a scan was lowered to."""
     return is_op(node, SCAN, plain_loop)
+
+
+def only_last(loop: Node) -> Sequence[int]:
+    """The results of a lowered scan that are no stacks, but the last step's value alone."""
+    return cast(Sequence[int], loop.args[4]) if len(loop.args) > 4 else ()
 
 
 def is_random(node: Node) -> bool:

@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 
 def plain_loop(
     body: GraphModule, carries: Sequence[Tensor], slices: Sequence[Tensor],
-    invariants: Sequence[Any],
+    invariants: Sequence[Any], last: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
-    """Final carries, then per-step outputs stacked on axis 0.
+    """Final carries, then per-step outputs stacked on axis 0; of those in `last` the last alone.
 
     `body(*carries, *step, *invariants)` gives the next carries, then this step's outputs;
     `step` is one slice of each of `slices`, along axis 0. At least one step.
@@ -25,4 +25,5 @@ def plain_loop(
         results = body(*carries, *step, *invariants)
         carries = results[:held]
         collected.append(results[held:])
-    return (*carries, *(torch.stack(column) for column in zip(*collected, strict=True)))
+    columns = enumerate(zip(*collected, strict=True), held)
+    return (*carries, *(c[-1] if k in last else torch.stack(c) for k, c in columns))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .behaviour import Observation, difference, observe
-from .capture import model_state, swapped
+from .capture import State, model_state, swapped
 from .cases import FIRST, Case, Leaves, cases, copied, flat, odd_values
-from .double import doubled, in_double
+from .double import WIDER, doubled, in_double
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
 from .verdict import Differs, Equal
 
@@ -141,7 +141,10 @@ class _Comparison:
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
         again = case.name == FIRST and not training
-        with swapped(model, tensors, strict=False), in_double(double):
+        dtypes = {t.dtype for t in (*case.inputs, *map(State.get, model_state(self.a)))
+                  if isinstance(t, Tensor) and t.dtype in WIDER and t.is_floating_point()}
+        narrow = dtypes.pop() if len(dtypes) == 1 else None
+        with swapped(model, tensors, strict=False), in_double(double, narrow):
             return observe(model, leaves, self.spec, model_state(model), training, case.seed, again)
 
     def _behaves(

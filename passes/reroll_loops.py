@@ -100,9 +100,11 @@ class RerollLoops:
                 reason = f"a loop of {repeat.trips} trips: {found.reason}"
                 told.update(source_line(n) for n in run)
                 yield Skip(self.name, reason, source_line(found.node) or line)
+        if taken:
+            return  # what else there is may read what these loops replace
         collected = list(self._collections(facts))
         yield from collected
-        if not taken and not collected:
+        if not collected:
             writes = list(self._writes(facts))
             yield from writes
             if not writes and not facts.is_body:

@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", help="only rows whose name contains one of these")
     parser.add_argument("--size", default="full")
-    parser.add_argument("--compile-nodes", type=int, default=0,
+    parser.add_argument("--compile-nodes", type=int, default=2500,
                         help="join torch.compile where the naive graph has at most so many nodes")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per mode")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"])

@@ -340,26 +340,62 @@ def fold(x: Tensor, rows: int) -> Tensor:
     return x.reshape(rows, -1) * rows + torch.arange(rows)[:, None]
 
 
-SYMBOLIC = [(fold, (torch.ones(12), 3)), (Recurrent(), (X,))]
+def through(inner: Inner, given: list[str] | None = None) -> Backend:
+    """The backend; it notes the graphs that it is given."""
+    def run(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
+        if given is not None:
+            given.append(str(graph_module.graph))
+        return backend.looplift(graph_module, inputs, options={"inner_backend": inner.name})
+
+    return run
 
 
-@pytest.mark.parametrize(("run", "inputs"), SYMBOLIC, ids=["a size as input", "a loop"])
-def test_graphs_with_symbolic_sizes_are_left_as_they_were(
+def marked(x: Tensor) -> Tensor:
+    torch._dynamo.mark_dynamic(x, 0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("run", "inputs"), [(fold, (torch.ones(12), 3)), (Recurrent(), (marked(X.clone()),))],
+    ids=["nothing to rewrite", "a size that the user marked"],
+)
+def test_sizes_stay_symbolic(
     run: Callable[..., Tensor], inputs: tuple[Any, ...], inner: Inner,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    given = []
-
-    def through(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
-        given.append((graph_module, str(graph_module.graph)))
-        return backend.looplift(graph_module, inputs, options={"inner_backend": inner.name})
-
+    given: list[str] = []
     with caplog.at_level(logging.WARNING, logger="looplift.backend"):
-        result = torch.compile(run, backend=through, dynamic=True)(*inputs)
+        result = torch.compile(run, backend=through(inner, given), dynamic=True)(*inputs)
     assert_close(result, run(*inputs), rtol=0, atol=0)
+    assert [str(g.graph) for g in inner.graphs] == given
     assert len(given) == 1
-    assert [(g, str(g.graph)) for g in inner.graphs] == given
     assert caplog.records == []
+
+
+def test_a_loop_is_rewritten_for_the_sizes_of_the_call_then_they_stay_symbolic(
+    inner: Inner
+) -> None:
+    model, given = Recurrent(), list[str]()
+    fast = torch.compile(model, backend=through(inner, given))
+    for batch in (2, 3, 4, 5, 6, 7, 9):
+        x = torch.randn(batch, 6, 3)
+        assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+        assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    rewritten = [str(g.graph) not in given for g in inner.graphs]
+    assert rewritten == [True] * 4 + [False]  # half of Dynamo's recompile_limit of 8
+
+
+def test_numbers_among_the_inputs_keep_their_places(inner: Inner) -> None:
+    def run(n: int, x: Tensor, m: int) -> Tensor:
+        model = functional.linear
+        h = x.new_zeros(x.shape[0], 3)
+        for t in range(x.shape[1]):
+            h = torch.tanh(model(x[:, t], torch.eye(3)) * n + h * m)
+        return h
+
+    for n, m in [(2, 3), (4, 3), (4, 5)]:
+        fast = torch.compile(run, backend=through(inner), dynamic=True)
+        assert_close(fast(n, X, m), run(n, X, m))
 
 
 def test_a_graph_module_is_returned() -> None:

@@ -15,6 +15,8 @@ from looplift.models import (
     hyper_connections,
     vision_transformer,
 )
+from looplift.optimizer.capture import capture
+from looplift.optimizer.rewritten import Rewritten
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -714,3 +716,25 @@ def test_more_wrong_programs_differ(pair: Pair) -> None:
 
 def test_sparse_tensors() -> None:
     assert Pair("", lambda m, x: x.to_sparse(), lambda m, x: x.to_sparse(), X, "").verify()
+
+
+class Constants(nn.Module):
+    """Tensors made of numbers, in the input's dtype and in a dtype of their own."""
+
+    weights = torch.tensor([0.1, 0.7, 1.3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.new_tensor([0.1, 0.2, 0.3]).log()
+        other = torch.tensor(0.7, dtype=x.dtype).exp() + torch.tensor(3.3)
+        return x * own + other * Constants.weights.log()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_constants_are_rounded_alike_in_a_model_and_in_its_graph(dtype: torch.dtype) -> None:
+    x = torch.linspace(0, 1, 6, dtype=dtype).reshape(2, 3)
+    model = Constants()
+    captured = capture(model, (x,))
+    rewritten = Rewritten(model, captured, captured.graph_module)
+    verdict = verify(model, rewritten, (x,))
+    assert isinstance(verdict, Equal), verdict
+    assert verdict.worst == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looplift.optimizer.emit import emit
 from looplift.optimizer.facts import aten, is_op
 from looplift.passes.reroll_loops import RerollLoops
 from torch import Tensor, nn
@@ -403,3 +404,47 @@ def test_stacked_results_have_the_strides_of_the_source(equal: Any) -> None:
         fast = equal(model, (x,))
         with torch.no_grad():
             assert fast(x).stride()[:2] == model(x).stride()[:2]
+
+
+def own_predictions(m: Any, x: Tensor) -> Tensor:
+    """A loop over the input, then one over its own outputs, all of them in one list."""
+    h, outputs = x.new_zeros(x.shape[0], x.shape[2]), []
+    for x_t in x.unbind(1):
+        h = torch.tanh(m.a(x_t) + h)
+        y = m.b(h)
+        outputs.append(y)
+    for _ in range(5):
+        h = torch.tanh(m.a(y) + h)
+        y = m.b(h)
+        outputs.append(y)
+    return torch.stack(outputs, 1)
+
+
+def test_a_loop_on_after_a_loop_whose_results_join_one_list(run: Any, equal: Any) -> None:
+    x = torch.randn(2, 6, 4)
+    outcome = run(Model(own_predictions), (x,))
+    scans = [a.summary for a in outcome.applied if a.summary.endswith("→ one scan")]
+    assert len(scans) == 2
+    outcome.graph_module.graph.lint()
+    equal(Model(own_predictions), (x,))
+
+
+def last_of_two(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last step computed is read after the loop, beside what it carried."""
+    u = v = torch.zeros(x.shape[0], x.shape[2])
+    for _ in range(6):
+        u = torch.tanh(m.a(v) + x[:, 0]).transpose(0, 1).contiguous().transpose(0, 1)
+        v = torch.sigmoid(m.b(u))
+    return u + v, u
+
+
+def test_only_the_last_steps_value_is_kept(run: Any, equal: Any) -> None:
+    x = torch.randn(2, 6, 4)
+    outcome = run(Model(last_of_two), (x,))
+    assert "stack" not in emit(outcome.graph_module)
+    model = Model(last_of_two)
+    fast = equal(model, (x,))
+    with torch.no_grad():
+        want, got = model(x), fast(x)
+    assert [g.stride() for g in got] == [w.stride() for w in want]
+    torch.testing.assert_close(got, want)
