@@ -26,6 +26,7 @@ from .facts import (
     has_body,
     is_op,
     is_tensor,
+    is_view,
     only_last,
     shape,
     source_line,
@@ -34,7 +35,7 @@ from .facts import (
 )
 
 INDENT = "    "
-LARGE = 1 << 16  # bytes: a local that holds more is deleted after its last use
+LARGE = 1 << 16  # bytes: when locals of so much are used no more, they are deleted
 
 INFIX = {
     aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/",
@@ -101,6 +102,7 @@ class _Source:
         self.globals: dict[str, Any] = {}
         self.lines: list[str] = []
         self.at: str = ""
+        self.dead: list[Node] = []  # used no more, not deleted yet
 
     def function(self, name: str) -> str:
         heads = [self._name(n) for n in placeholders(self.graph_module)]
@@ -120,7 +122,7 @@ class _Source:
         return self.names[node]
 
     def _block(self, graph_module: GraphModule, indent: str) -> None:
-        last = _last_uses(graph_module)
+        last = _last_uses(graph_module) if indent == INDENT else {}
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 held = _attribute(graph_module, str(node.target))
@@ -128,19 +130,27 @@ class _Source:
                     self.globals[self._name(node)] = held
             elif node.op == "call_function" and not _folded(node):
                 self._where(node, indent)
+                self.dead += last.get(node, [])
                 if has_body(node):
                     self._loop(node, indent)
                 elif not _from_loop(node) and not _is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
-                dead = [self._name(n) for n in last.get(node, ()) if n in self.names]
-                if dead and indent == INDENT:
-                    self.lines.append(f"{indent}del {', '.join(dead)}")
+                if indent == INDENT and self._much_is_dead():
+                    self._delete(self.dead, indent)
 
     def _where(self, node: Node, indent: str) -> None:
         line = source_line(node)
         if line is not None and str(line) != self.at:
             self.at = str(line)
             self.lines.append(f"{indent}# {line}  {line.text}".rstrip())
+
+    def _much_is_dead(self) -> bool:
+        return sum(map(bytes_of, self.dead)) >= LARGE
+
+    def _delete(self, nodes: Sequence[Node], indent: str) -> None:
+        if names := [self._name(n) for n in nodes if n in self.names]:
+            self.lines.append(f"{indent}del {', '.join(names)}")
+        self.dead.clear()
 
     def _loop(self, node: Node, indent: str) -> None:
         """A lowered scan as a `for` loop over unbound slices."""
@@ -180,6 +190,11 @@ class _Source:
         if moved:
             left, right = (", ".join(side) for side in zip(*moved, strict=True))
             self.lines.append(f"{inner}{left} = {right}")
+        if kept and indent == INDENT and self._much_is_dead():
+            # before the results are stacked, and with the last step's views, which hold memory
+            lanes = [] if _only_counts(slices[0]) else heads[held : held + read]
+            lanes += [n for n in body.graph.nodes if is_view(n) and n.args[0] in lanes]
+            self._delete([*lanes, *self.dead], indent)
         for k, user in sorted(users.items()):
             if k < held:
                 self.names[user] = self._name(heads[k])
@@ -345,7 +360,7 @@ def _only_counts(node: Node) -> bool:
 
 
 def _last_uses(graph_module: GraphModule) -> Mapping[Node, list[Node]]:
-    """For each node, the large locals that nothing after it uses."""
+    """For each node, the tensors that nothing after it uses."""
     last: dict[Node, list[Node]] = {}
     end = output_node(graph_module)
     seen: set[Node] = set()
@@ -356,14 +371,10 @@ def _last_uses(graph_module: GraphModule) -> Mapping[Node, list[Node]]:
                 visit(source, at)
             elif source not in seen:
                 seen.add(source)
-                if source.op == "call_function" and at is not end and _is_large(source):
+                if source.op == "call_function" and at is not end and is_tensor(source):
                     last.setdefault(at, []).append(source)
 
     for node in reversed(list(graph_module.graph.nodes)):
         if not _folded(node):
             visit(node, node)
     return last
-
-
-def _is_large(node: Node) -> bool:
-    return is_tensor(node) and bytes_of(node) >= LARGE

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from looplift.optimizer.emit import FUNCTIONAL, INFIX, METHODS, TORCH_FUNCTIONS, compiled
+from looplift import apply_passes
+from looplift.optimizer.emit import FUNCTIONAL, INFIX, LARGE, METHODS, TORCH_FUNCTIONS, compiled
+from looplift.optimizer.measure import call, peak_memory
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -81,3 +84,24 @@ def test_names_do_not_collide() -> None:
     graph_module = symbolic_trace(forward)
     run, source = compiled(graph_module)
     assert [r.tolist() for r in run(X, Y)] == [(X + Y).tolist(), (X - Y).tolist()], source
+
+
+class Chain(nn.Module):
+    """Many small values, each soon used no more, then a recurrence over large steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ((((x * 2 + 1).exp() - 3).tanh() * 0.5 + 2).log() - 0.7).sigmoid()
+        x = ((((x * 3 + 1).sin() - 3).cos() * 0.7 + 2).sqrt() - 0.7).relu()
+        h, outputs = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + x[:, t])
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+def test_memory_is_freed_as_early_as_in_the_model() -> None:
+    model, x = Chain(), torch.randn(4, 16, 128)
+    fast = apply_passes(model, (x,), measure=False, verify=False, mode="inference")
+    assert fast.report.to_dict()["rewrites"]
+    naive, ours = (peak_memory(call(m, (x,), {}, False), x.device) for m in (model, fast))
+    assert ours <= naive + LARGE
