@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn import Module
 
 from .facts import SCAN, aten, body_of, has_body, is_op, only_last, shape, stacked_as, value
 from .loop import plain_loop
@@ -129,6 +131,16 @@ class Builder:
     def _results(self, target: Any, *args: Any) -> list[Node]:
         node = self.call(target, *args)
         return [self.call(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
+
+
+def duplicate(graph_module: GraphModule) -> GraphModule:
+    """A copy of a graph and of the bodies of its scans; constants are shared."""
+    holder = Module()
+    for name, held in graph_module.named_children():
+        holder.add_module(name, duplicate(held) if isinstance(held, GraphModule) else held)
+    for name, constant in graph_module.named_buffers(recurse=False):
+        holder.register_buffer(name, constant, persistent=False)
+    return GraphModule(holder, copy.deepcopy(graph_module.graph))
 
 
 def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:

@@ -65,7 +65,7 @@ def split(scan: Node) -> Split:
     carries, slices = heads[:held], heads[held : held + sliced]
     results = cast(tuple[Node, ...], output_node(body).args[0])
     nexts = results[:held]
-    reached = _reached_by_carries(body, carries)
+    reached = reached_by_carries(body, carries)
     direct = [set(reached.get(n, ())) for n in nexts]  # carry k's next needs these carries
     closed = _closure(direct)
     recurrent = [k for k in range(held) if k in closed[k]]
@@ -91,7 +91,7 @@ def split(scan: Node) -> Split:
     )
 
 
-def _reached_by_carries(body: GraphModule, carries: Sequence[Node]) -> dict[Node, set[int]]:
+def reached_by_carries(body: GraphModule, carries: Sequence[Node]) -> dict[Node, set[int]]:
     """For each node, the carries of this step that it depends on."""
     reached: dict[Node, set[int]] = {c: {k} for k, c in enumerate(carries)}
     for node in body.graph.nodes:

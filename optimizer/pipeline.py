@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
-from torch.nn import Module
 
 from .apply import apply, restore
+from .builder import duplicate
 from .capture import Capture
 from .facts import Facts, Line, all_graphs
 from .normal_form import merge_equal
@@ -77,16 +76,6 @@ def run_passes(
     restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)
     join_reads(outcome.graph_module, captured.fake_mode)
     return outcome
-
-
-def duplicate(graph_module: GraphModule) -> GraphModule:
-    """A copy of a graph and of the bodies of its scans; constants are shared."""
-    holder = Module()
-    for name, held in graph_module.named_children():
-        holder.add_module(name, duplicate(held) if isinstance(held, GraphModule) else held)
-    for name, constant in graph_module.named_buffers(recurse=False):
-        holder.register_buffer(name, constant, persistent=False)
-    return GraphModule(holder, copy.deepcopy(graph_module.graph))
 
 
 def _run(

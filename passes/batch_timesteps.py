@@ -4,6 +4,8 @@ Before:
     h, ys = scan(lambda h, x: (h := a·h + W x, V h), h0, xs)
 After:
     us = linear(xs, W); hs = scan(lambda h, u: a·h + u, h0, us); ys = linear(hs, V)
+    linear(cat([x, h]), W), on the cycle → linear(x, W[:, :n]) + linear(h, W[:, n:]), so that
+    the first term is not (likewise matmul and convolutions).
 Wins:
     One matrix product of T·B rows instead of T products of B rows; no per-step overhead for
     what is batched. Shared weights are batched by identity: more rows, never copies.
@@ -25,6 +27,7 @@ from typing import ClassVar
 from ..optimizer.distribute import Split, batchable, distribution, splits
 from ..optimizer.facts import Facts, source_line
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.separate import separable, separation
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class BatchTimesteps:
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for parts in splits(facts):
             if not parts.carries:
+                continue
+            products = separable(parts)
+            if products:
+                yield separation(self.name, parts, products)
                 continue
             if not batchable(parts) and is_one_cycle(parts):
                 reason = "every operation of the loop depends on the step before"

@@ -159,3 +159,65 @@ def test_recurrences_of_independent_rows_run_together(
     products = [n for g in graphs for n in g.graph.nodes if is_op(n, aten.matmul.default)]
     assert len(products) <= steps
     equal(model, (x,))
+
+
+class Joined(nn.Module):
+    """A cell with one weight for its input and its state: (B, T, …) to (B, T, …)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.linear, self.bare = nn.Linear(7, 4), nn.Linear(11, 4, bias=False)
+        self.weight = nn.Parameter(torch.randn(7, 4) / 3)
+        self.conv = nn.Conv2d(7, 4, 3, padding=1, stride=1)
+        self.grouped = nn.Conv1d(6, 4, 1, groups=2)
+
+    def product(self, x: Tensor, h: Tensor) -> Any:
+        both = torch.cat([x, h], 1)
+        match self.kind:
+            case "linear":
+                return self.linear(both)
+            case "matmul":
+                return both @ self.weight
+            case "in between":
+                return self.bare(torch.cat([h, x, h * h], -1))
+            case "conv2d":
+                return self.conv(both)
+            case "grouped":
+                return self.grouped(torch.cat([x[:, :2], h], 1))
+            case "another axis":
+                return (torch.cat([x, h], 0) @ self.weight[:4])[len(h) :]
+            case _:
+                return both @ (self.weight * h.mean())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = x.new_zeros(x.shape[0], 4, *x.shape[3:]), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.product(x[:, t], h))
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+SEPARABLE = {"linear": (2, 5, 3), "matmul": (2, 5, 3), "in between": (2, 5, 3),
+             "conv2d": (2, 5, 3, 6, 6)}
+INSEPARABLE = {"grouped": (2, 5, 3, 6), "another axis": (2, 5, 4), "a weight of its own": (2, 5, 3)}
+
+
+@pytest.mark.parametrize("kind", SEPARABLE)
+def test_the_input_of_a_joined_product_goes_first(kind: str, run: Any, equal: Any) -> None:
+    model, inputs = Joined(kind), (torch.randn(SEPARABLE[kind], requires_grad=True),)
+    outcome = run(model, inputs)
+    summaries = [a.summary for a in outcome.applied]
+    assert "1 × product of a concatenation → a sum of products" in summaries
+    assert any(s.startswith("5 × (") for s in summaries)
+    equal(model, inputs)
+
+
+@pytest.mark.parametrize("kind", INSEPARABLE)
+def test_products_that_cannot_be_separated(kind: str, run: Any, equal: Any) -> None:
+    model, inputs = Joined(kind), (torch.randn(INSEPARABLE[kind]),)
+    outcome = run(model, inputs)
+    assert any(a.summary.endswith("→ one scan") for a in outcome.applied)
+    assert not any("concatenation" in a.summary for a in outcome.applied)
+    equal(model, inputs)
