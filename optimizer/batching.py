@@ -9,6 +9,7 @@ loop. Every result is checked against the shape and dtype that a single step has
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,10 +169,33 @@ def _contiguous(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str
 
 def _linear(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     source, *weights = args
-    if not isinstance(source, Lane) or any(isinstance(w, Lane) for w in weights):
-        return None
+    if any(isinstance(w, Lane) for w in weights):
+        return _linear_of_own_weights(b, source, *weights)
     axis = min(b.place(source.rank), source.rank - 1)
     return Lane(b.call(node.target, b.at(source, axis), *weights), axis)
+
+
+def _linear_of_own_weights(
+    b: Batcher, source: Operand, weight: Operand, bias: Operand = None
+) -> Outcome:
+    """Each step has a weight: one product with all of them, or one for each, in a batch."""
+    if not isinstance(weight, Lane) or isinstance(bias, Node):
+        return None
+    weights = b.at(weight, 0)
+    steps, rows, columns = shape(weights)
+    biases = b.at(bias, 0) if isinstance(bias, Lane) else None
+    if not isinstance(source, Lane):
+        joined = b.build.reshape(weights, [steps * rows, columns])
+        flat = None if biases is None else b.build.reshape(biases, [steps * rows])
+        made = b.call(aten.linear.default, source, joined, *([flat] if flat is not None else []))
+        return Lane(b.build.reshape(made, [*shape(made)[:-1], steps, rows]), len(shape(made)) - 1)
+    lanes = b.at(source, 0)
+    before = shape(lanes)[1:-1]
+    left = b.build.reshape(lanes, [steps, math.prod(before), columns])
+    right = b.build.permute(weights, [0, 2, 1])
+    made = b.call(aten.bmm.default, left, right) if biases is None else b.call(
+        aten.baddbmm.default, b.call(aten.unsqueeze.default, biases, 1), left, right)
+    return Lane(b.build.reshape(made, [steps, *before, rows]), 0)
 
 
 def _matmul(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:

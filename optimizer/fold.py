@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -174,6 +175,18 @@ class Loop:
     def trips(self) -> int:
         return self.stretch.trips
 
+    @cached_property
+    def late(self) -> set[int]:
+        """The places that need a result of an earlier trip. (Asked when the writes are known.)"""
+        found: set[int] = set()
+        for place, sources in enumerate(self.sources):
+            if place not in self.writes and any(
+                isinstance(s, Carried) or (isinstance(s, Local) and s.place in found)
+                for s in sources
+            ):
+                found.add(place)
+        return found
+
     @property
     def random(self) -> list[Node]:
         """The random operations of one trip. One alone keeps its order, whatever is taken apart."""
@@ -316,17 +329,21 @@ def _check_arguments(loop: Loop, place: int) -> None:
     node = loop.stretch.operations[place]
     for slot, source in enumerate(loop.sources[place]):
         if isinstance(source, Varying):
-            _check_varying(node, source, slot)
+            _check_varying(node, source, slot, place in loop.late)
         elif isinstance(source, Carried):
             if source.place in loop.writes:
                 raise Misfit("a buffer is read at a place that earlier steps write to", node)
             _check_start(loop.stretch.operations[source.place], source, node)
 
 
-def _check_varying(node: Node, source: Varying, slot: int) -> None:
+def _check_varying(node: Node, source: Varying, slot: int, late: bool) -> None:
     if isinstance(source.items[0], Node):
         if any(n.meta.get("state") for n in source.items):
-            raise Misfit("each trip uses parameters of its own", node)
+            if late:
+                raise Misfit("each trip uses parameters of its own, and the result of the one "
+                             "before", node)
+            if len(set(source.items)) < len(source.items):
+                raise Misfit("some trips share parameters, others have their own", node)
         if not all(is_tensor(n) for n in source.items):
             raise Misfit("each trip runs another loop, or reads another tuple", node)
         first, *others = (value(n) for n in source.items)

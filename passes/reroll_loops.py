@@ -38,6 +38,7 @@ from ..optimizer.facts import (
     Facts,
     Line,
     aten,
+    bytes_of,
     is_op,
     is_random,
     is_scan,
@@ -46,7 +47,15 @@ from ..optimizer.facts import (
     source_line,
     trips,
 )
-from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, fold
+from ..optimizer.fold import (
+    NEVER,
+    WITH_TENSOR,
+    Loop,
+    Misfit,
+    Stretch,
+    Varying,
+    fold,
+)
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
@@ -58,6 +67,8 @@ PLACED = (
 
 
 MOST_CUTS = 4
+BYTES_PER_CALL = 1 << 14  # copied in about the time that calling one operation takes
+JOINED = 0.25  # of what is computed: so much may be copied at every call
 LOOKS_REPEATED = 6  # operations of one kind at one line: more than an expression has
 BETWEEN = "what lies between them is not the same in every step"
 
@@ -88,9 +99,8 @@ class RerollLoops:
             if inputs & folded or needed.intersection(run):
                 continue  # a loop of this round reads the other: next round, when that is folded
             found = self._fold(runs, repeat.period)
-            if isinstance(found, Loop) and not pays(found):
-                found = Misfit("its steps read values that would have to be stacked, at the cost "
-                               "of what they compute", run[0])
+            if isinstance(found, Loop) and (reason := loses(found)):
+                found = Misfit(reason, run[0])
             if isinstance(found, Loop):
                 taken.append(span)
                 folded.update(run)
@@ -261,17 +271,30 @@ def difference(nodes: Sequence[Node]) -> str:
     return BETWEEN
 
 
-def pays(loop: Loop) -> bool:
-    """Whether the steps compute more than it costs to stack the separate values they read.
+def loses(loop: Loop) -> str:
+    """Why it would cost more to stack the separate values that the steps read than it saves.
 
-    `a·x + b·y + c·z` is no loop over (a, x), (b, y), (c, z).
+    `a·x + b·y + c·z` is no loop over (a, x), (b, y), (c, z), and the query, key and value
+    projections of one input are none over their weights.
     """
     body = range(loop.stretch.period)
     stacked = {s.items for place in body for s in loop.sources[place]
                if isinstance(s, Varying) and isinstance(s.items[0], Node)}
     work = [n for n in loop.stretch.operations[: loop.stretch.period] if worth_folding(n)]
     cheap = all(isinstance(n.target, OpOverload) and Tag.pointwise in n.target.tags for n in work)
-    return not (cheap and len(work) <= len(stacked))
+    if cheap and len(work) <= len(stacked):
+        return "its steps read values that would have to be stacked, at the cost of what they " \
+            "compute"
+    copied = sum(bytes_of(n) for items in stacked for n in items if n.meta.get("state"))
+    made = [n for n in loop.stretch.operations if worth_folding(n) and is_tensor(n)]
+    computed = sum(map(bytes_of, made))
+    saved = (loop.trips - 1) * len(work) * BYTES_PER_CALL
+    one_input = len(work) == 1 and not loop.reads and all(
+        n.meta.get("state") for items in stacked for n in items)
+    if copied and (one_input or copied > max(computed * JOINED, saved)):
+        return "its parameters would be copied into one at every call, which costs more than it " \
+            "saves"
+    return ""
 
 
 def worth_folding(node: Node) -> bool:

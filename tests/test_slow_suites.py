@@ -31,7 +31,7 @@ def test_operators(name: str) -> None:
 
 
 def test_undocumented_reasons_are_noticed() -> None:
-    assert fuzz.documented("a loop of 3 trips: each trip uses parameters of its own")
+    assert fuzz.documented("a loop of 3 trips: some trips share parameters, others have their own")
     assert not fuzz.documented("it was too warm")
 
 

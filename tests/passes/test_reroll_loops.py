@@ -243,7 +243,7 @@ def rolled(m: Any, x: Tensor) -> Tensor:
     (triangular, "6 steps: they work on different sizes (a triangular loop)"),
     (rolled, "6 steps: a number given to them varies"),
     (two_dropouts, "several random operations run in every step"),
-    (own_parameters, "each trip uses parameters of its own"),
+    (own_parameters, "each trip uses parameters of its own, and the result of the one before"),
 ])
 def test_skips(forward: Forward, reason: str, run: Any) -> None:
     outcome = run(Model(forward), (torch.randn(3, 6, 4),), [RerollLoops()])
