@@ -70,7 +70,8 @@ class _Assembly:
         wanted = [w.source.place for w in loop.writes.values()
                   if isinstance(w.source, (Local, Carried))]
         wanted += [p for p in loop.outside if p not in loop.writes]
-        wanted += [s.place for p in range(loop.stretch.period) if p not in loop.writes
+        wanted += [s.place for p in range(loop.stretch.period)
+                   if p not in loop.writes and p not in loop.sums
                    for s in loop.sources[p] if isinstance(s, Carried)]
         needed: set[int] = set()
         while wanted:
@@ -220,8 +221,10 @@ class _Assembly:
         start = write.start if write.after is None else self._written(write.after, lanes_at)
         stacked = self._all_steps(write, lanes_at)
         begins = list(write.begins)
-        if begins[1] < begins[0]:
+        if write.added is None and begins[1] < begins[0]:
             stacked, begins = build.call(aten.flip.default, stacked, [0]), begins[::-1]
+        if write.added is not None:
+            return add_windows(build, start, stacked, write)
         moved = build.move(stacked, 0, axis)
         gap, width = begins[1] - begins[0], write.width or 1
         end = begins[-1] + width
@@ -248,3 +251,36 @@ class _Assembly:
                 return self.build.call(aten.expand.default, outer, sizes)
             case _:
                 raise AssertionError("`_find_write` takes no other source")
+
+
+def add_windows(build: Builder, start: Node, stacked: Node, write: Write) -> Node:
+    """`start` with overlapping windows added to it, each value in the order of the steps.
+
+    A window is cut into pieces as long as the windows are apart; the pieces of one number lie
+    side by side, and are added at once.
+    """
+    assert write.added is not None
+    axis, begins, sizes = write.axis, write.begins, write.added
+    width, gap, size = sizes[axis], abs(begins[1] - begins[0]), shape(start)[axis]
+    steps = shape(stacked)[0]
+    ones = [1] * (len(sizes) - len(shape(stacked)) + 1)
+    windows = build.reshape(stacked, [steps, *ones, *shape(stacked)[1:]])
+    windows = build.call(aten.expand.default, windows, [steps, *sizes])
+    backwards = begins[1] < begins[0]
+    if backwards:
+        windows = build.call(aten.flip.default, windows, [0])
+    windows = build.move(windows, 0, axis)
+    pieces = -(-width // gap)
+    spare = pieces * gap - width
+    if spare:
+        behind = [0, 0] * (len(sizes) - axis - 1)
+        windows = build.call(aten.constant_pad_nd.default, windows, [*behind, 0, spare])
+    for number in range(pieces) if backwards else reversed(range(pieces)):
+        piece = build.slice(windows, axis + 1, number * gap, (number + 1) * gap)
+        piece = build.reshape(piece, [*sizes[:axis], steps * gap, *sizes[axis + 1 :]])
+        begin = min(begins) + number * gap
+        end = min(begin + steps * gap, size)
+        piece = build.slice(piece, axis, 0, end - begin)
+        now = build.call(aten.add.Tensor, build.slice(start, axis, begin, end), piece)
+        start = build.call(aten.slice_scatter.default, start, now, axis, begin, end, 1)
+    return start

@@ -280,8 +280,8 @@ class Distribution:
         graph.output(tuple(results))
         slices = [self._lane_at_front(n) for n in lanes]
         if index is not None:
-            first = value(operations[0])
-            slices = [self.build.call(aten.arange.default, self.size, device=first.device)]
+            device = next(value(op).device for op in operations if is_tensor(op))
+            slices = [self.build.call(aten.arange.default, self.size, device=device)]
             index.meta["val"] = value(slices[0])[0]
         made = self.build.scan(
             GraphModule(holder, graph), [self.starts[k] for k in carries], slices,
@@ -331,8 +331,9 @@ def preferred_axis(scan: Node) -> int:
 
 
 def batchable(parts: Split) -> list[Node]:
-    """The operations off every cycle that do more than look at a value in another way."""
-    return [n for n in parts.operations if n not in parts.on_cycle and not is_view(n)]
+    """The operations off every cycle that do more than make a value, or view one."""
+    return [n for n in parts.operations
+            if n not in parts.on_cycle and not is_view(n) and n.all_input_nodes]
 
 
 def splits(facts: Facts) -> Iterator[Split]:

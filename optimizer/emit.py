@@ -353,7 +353,7 @@ def _folded(node: Node) -> bool:
 def _only_counts(node: Node) -> bool:
     """Whether `node` is a range whose numbers no step of a loop reads."""
     return is_op(node, aten.arange.default) and bool(node.users) and all(
-        has_body(u) and u.args[2] == [node]
+        has_body(u) and u.args[2] == [node] and node not in cast(list[Node], u.args[3])
         and not placeholders(body_of(u))[len(cast(list[Node], u.args[1]))].users
         for u in node.users
     )

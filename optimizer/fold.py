@@ -147,7 +147,7 @@ class Stretch:
 
 @dataclass
 class Write:
-    """A per-step write into a buffer that the loop only passes on."""
+    """A per-step write into a buffer that the loop only passes on (or adds to)."""
 
     place: int
     start: Node
@@ -156,6 +156,7 @@ class Write:
     begins: tuple[int, ...]
     width: int | None  # None: one index, its axis dropped
     after: Write | None = None  # the write before it in the same trip
+    added: tuple[int, ...] | None = None  # the shape of windows that are added to, and overlap
 
 
 @dataclass
@@ -169,6 +170,7 @@ class Loop:
     fixed_reads: dict[int, list[Link]] = field(default_factory=dict)  # of the same place always
     read_base: dict[int, Node] = field(default_factory=dict)
     writes: dict[int, Write] = field(default_factory=dict)
+    sums: set[int] = field(default_factory=set)  # reads and additions that became such writes
     outside: dict[int, list[int]] = field(default_factory=dict)  # place → trips used outside
 
     @property
@@ -212,8 +214,9 @@ def fold(operations: Sequence[Node], period: int) -> Loop:
         _find_read(loop, place)
     for place in range(period):
         _find_writes(loop, place)
+        _find_sum(loop, place)
     for place in range(period):
-        if place not in loop.reads and place not in loop.writes:
+        if place not in loop.reads and place not in loop.writes and place not in loop.sums:
             _check_arguments(loop, place)
     return loop
 
@@ -290,6 +293,43 @@ def _find_writes(loop: Loop, place: int) -> None:
         assert write is not None
         write.after, previous = previous, write
         loop.writes[write.place] = write
+
+
+def _find_sum(loop: Loop, place: int) -> None:
+    """`buffer[..., a : b] += y`, over windows that overlap, where nothing else reads the buffer."""
+    if place in loop.writes or not _is_scatter(loop, place):
+        return
+    buffer, total, axis, *where = loop.sources[place]
+    if not (isinstance(total, Local) and isinstance(buffer, Carried) and buffer.place == place
+            and isinstance(axis, Constant)):
+        return
+    terms = loop.sources[total.place]
+    if not is_op(loop.stretch.operations[total.place], aten.add.Tensor) or len(terms) != 2:
+        return
+    for read, source in (terms, terms[::-1]):
+        if not isinstance(read, Local) or not isinstance(source, (Local, Invariant)):
+            continue
+        window = loop.stretch.operations[read.place]
+        if is_op(window, aten.slice.Tensor) and loop.sources[read.place] == [buffer, axis, *where] \
+                and _is_private(loop, place, read.place, total.place):
+            begins = _numbers(where[0], loop.trips)
+            if progression(begins) is not None and where[2] == Constant(1):
+                loop.writes[place] = Write(place, buffer.start[0], source, axis.held, begins,
+                                           None, added=tuple(value(window).shape))
+                loop.sums |= {read.place, total.place}
+            return
+
+
+def _is_private(loop: Loop, place: int, read: int, total: int) -> bool:
+    """Whether only the sum reads a buffer's window, and only the next trip the buffer."""
+    columns = [loop.stretch.column(p) for p in (read, total, place)]
+    for trip, (window, added, state) in enumerate(zip(*columns, strict=True)):
+        after = [columns[0][trip + 1], columns[2][trip + 1]] if trip + 1 < loop.trips else None
+        if set(window.users) != {added} or set(added.users) != {state}:
+            return False
+        if after is not None and set(state.users) != set(after):
+            return False
+    return True
 
 
 def _is_scatter(loop: Loop, place: int) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,8 @@ from .facts import (
 )
 
 READS = (aten.select.int, aten.slice.Tensor)
-LONGEST_WALK = 64  # writes looked back through for the one that a read sees
+WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
+LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
 
 class UnsupportedRegion(Exception):
@@ -93,13 +95,18 @@ def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:
 
 
 def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
-    """Apply the one-node rules of `RULES`, in program order."""
+    """Apply the one-node rules of `RULES`, in program order; read behind writes elsewhere."""
+    writes: dict[Node, Written] = {}
     for node in list(outside_regions(graph_module.graph.nodes)):
         rule = RULES.get(node.target) if node.op == "call_function" else None
         if rule is None:
             continue
         stamp = {k: v for k, v in node.meta.items() if k in ("stack_trace", "no_grad")}
         found = rule(node, Builder(graph_module, node, mode, stamp))
+        if found is None and is_op(node, *WRITES):
+            writes[node] = _written(node, writes)
+        elif found is None and is_op(node, *READS):
+            found = _behind_other_writes(node, writes)
         if found is not None and found is not node:
             node.replace_all_uses_with(found)
             graph_module.graph.erase_node(node)
@@ -178,10 +185,7 @@ def _select(node: Node, build: Builder) -> Node | None:
     source, axis, index = cast(tuple[Node, int, int], node.args)
     axis %= len(shape(source))
     index %= max(shape(source)[axis], 1)
-    written = _written(source, aten.select_scatter.default, (axis, index))
-    if isinstance(written, Node) and is_op(written, aten.select_scatter.default):
-        return cast(Node, written.args[1])
-    node.args = (written or source, axis, index)
+    node.args = (source, axis, index)
     return None
 
 
@@ -197,22 +201,53 @@ def _slice(node: Node, build: Builder) -> Node | None:
     start, stop, step = _slice_range(node.args[2:], shape(source)[axis])
     if (start, step) == (0, 1) and stop == shape(source)[axis]:
         return source
-    if is_op(source, aten.slice_scatter.default) and source.args[2:] == (axis, start, stop, step):
-        return cast(Node, source.args[1])
     node.args = (source, axis, start, stop, step)
     return None
 
 
-def _written(source: Node, scatter: object, place: tuple[int, int]) -> Node | None:
-    """The write that a read at `place` (axis, index) sees: its node, or the untouched buffer."""
+@dataclass(frozen=True)
+class Written:
+    """What a write and those right before it wrote: all of it lies in `begin:end` on `axis`."""
+
+    axis: int
+    begin: int
+    end: int
+    before: Node  # the buffer without these writes
+
+
+def _place(node: Node) -> tuple[int, int, int]:
+    """Axis, begin and end of a read or write (of normal arguments)."""
+    axis, begin, *rest = cast(list[int], node.args[2 if is_op(node, *WRITES) else 1 :])
+    return axis, begin, rest[0] if rest else begin + 1
+
+
+def _written(node: Node, writes: Mapping[Node, Written]) -> Written:
+    axis, begin, end = _place(node)
+    base = cast(Node, node.args[0])
+    earlier = writes.get(base)
+    if earlier is None or earlier.axis != axis:
+        return Written(axis, begin, end, base)
+    return Written(axis, min(begin, earlier.begin), max(end, earlier.end), earlier.before)
+
+
+def _behind_other_writes(node: Node, writes: Mapping[Node, Written]) -> Node | None:
+    """Let a read skip the writes elsewhere; what was written if it reads all of one write."""
+    axis, begin, end = _place(node)
+    source = cast(Node, node.args[0])
     for _ in range(LONGEST_WALK):
-        if not is_op(source, scatter):
-            return source
-        if source.args[2] != place[0]:
-            return source
-        if source.args[3] == place[1]:
-            return source
-        source = cast(Node, source.args[0])
+        if source not in writes or (at := _place(source))[0] != axis:
+            break
+        if at[1] < end and begin < at[2]:
+            same = is_op(node, aten.select.int) == is_op(source, aten.select_scatter.default)
+            if same and node.args[1:] == source.args[2:]:
+                return cast(Node, source.args[1])
+            break
+        all_before = writes[source]
+        apart = all_before.end <= begin or end <= all_before.begin
+        source = all_before.before if apart else cast(Node, source.args[0])
+    else:
+        return None
+    node.args = (source, *node.args[1:])
     return None
 
 

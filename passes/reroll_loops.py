@@ -92,7 +92,7 @@ class RerollLoops:
                 continue
             runs = best_cuts(operations, repeat)
             run = runs[0]
-            if not any(worth_folding(n) for n in run[: repeat.period]):
+            if not any(worth_folding(n) for n in run[: repeat.period]) or is_made(run):
                 continue
             line = first_line(run)
             inputs = {source for node in run for source in node.all_input_nodes}
@@ -300,6 +300,11 @@ def loses(loop: Loop) -> str:
 def worth_folding(node: Node) -> bool:
     """Whether an operation does more than view a value, or make one from nothing."""
     return bool(node.all_input_nodes) and not is_view(node)
+
+
+def is_made(run: Sequence[Node]) -> bool:
+    """Whether a rewrite wrote all of it down, and no loop is in it."""
+    return all("rewritten_by" in n.meta for n in run) and not any(map(is_scan, run))
 
 
 def worth_telling(run: Sequence[Node], period: int) -> bool:

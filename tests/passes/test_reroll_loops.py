@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from looplift.optimizer.emit import emit
-from looplift.optimizer.facts import aten, is_op
+from looplift.optimizer.facts import aten, has_body, is_op
 from looplift.passes.reroll_loops import RerollLoops
 from torch import Tensor, nn
 
@@ -448,3 +448,94 @@ def test_only_the_last_steps_value_is_kept(run: Any, equal: Any) -> None:
         want, got = model(x), fast(x)
     assert [g.stride() for g in got] == [w.stride() for w in want]
     torch.testing.assert_close(got, want)
+
+
+def thrice_thrice(m: Any, x: Tensor) -> Tensor:
+    """Two nested loops that only count, equally far."""
+    for _ in range(3):
+        for _ in range(3):
+            x = torch.tanh(m.a(x))
+        x = torch.relu(m.b(x)) + 1
+    return x
+
+
+def test_nested_loops_that_only_count(equal: Any) -> None:
+    fast = equal(Model(thrice_thrice), (torch.randn(2, 6, 4),))
+    assert fast.code.count("for ") == 2
+
+
+def add_to_slices(m: Any, x: Tensor) -> Tensor:
+    out = x.clone()
+    for t in range(0, x.shape[1], 2):
+        out[:, t : t + 2] += m.a(x[:, t : t + 2])
+    return out
+
+
+def write_patches(m: Any, x: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], 4, x.shape[1], 6)
+    for i in range(x.shape[1] // 2):
+        for j in range(2):
+            patch = m.a(x[:, 2 * i] * x[:, 2 * i + j])[:, :, None, None]
+            out[:, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3] = patch
+    return out
+
+
+@pytest.mark.parametrize("forward", [add_to_slices, write_patches])
+@pytest.mark.parametrize("length", [6, 150])  # more writes than any other read looks back through
+def test_writes_elsewhere_do_not_matter(
+    forward: Forward, length: int, run: Any, equal: Any
+) -> None:
+    x = torch.randn(2, length, 4)
+    outcome = run(Model(forward), (x,))
+    assert [a.summary for a in outcome.applied if a.summary.startswith(f"{length // 2} × (")]
+    if length == 6:
+        equal(Model(forward), (x,))
+
+
+class OverlapAdd(nn.Module):
+    """Windows added into a buffer where they overlap: (B, T, 4) to (B, …, 4)."""
+
+    def __init__(self, width: int, gap: int, kind: str = "") -> None:
+        super().__init__()
+        self.width, self.gap, self.kind = width, gap, kind
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, width, gap = x.shape[1], self.width, self.gap
+        out = x.new_zeros(x.shape[0], (steps - 1) * gap + width + 2, 4)
+        if self.kind == "onto values":
+            out = out + x[:, :1]
+        frames = self.linear(x).unsqueeze(2) * torch.arange(width)[:, None]
+        for t in reversed(range(steps)) if self.kind == "backwards" else range(steps):
+            window = slice(t * gap + 1, t * gap + 1 + width)
+            frame = frames[:, 0] if self.kind == "one frame" else frames[:, t]
+            frame = frame[:, :1] if self.kind == "broadcast" else frame
+            if self.kind == "added to":
+                out[:, window] = frame + out[:, window]
+            elif self.kind == "read back":
+                out[:, window] = out[:, window] + frame * out[:, window].sum(1, keepdim=True)
+            else:
+                out[:, window] += frame
+        return out
+
+
+KINDS = ["", "onto values", "backwards", "one frame", "broadcast", "added to"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "gap"), [(4, 2), (5, 2), (3, 1), (4, 3)])
+def test_overlapping_windows_are_added_at_once(
+    width: int, gap: int, kind: str, run: Any, equal: Any
+) -> None:
+    model, x = OverlapAdd(width, gap, kind), torch.randn(2, 7, 4, requires_grad=True)
+    outcome = run(model, (x,))
+    writes = [n for n in outcome.graph_module.graph.nodes if is_op(n, aten.slice_scatter.default)]
+    assert len(writes) == -(-width // gap)
+    assert not [n for n in outcome.graph_module.graph.nodes if has_body(n)]
+    equal(model, (x,))
+
+
+def test_a_buffer_that_is_read_back_stays_in_the_loop(run: Any, equal: Any) -> None:
+    model, x = OverlapAdd(4, 2, "read back"), torch.randn(2, 7, 4)
+    assert not [a for a in run(model, (x,)).applied if "→ 1" in a.summary]
+    equal(model, (x,))
