@@ -37,7 +37,12 @@ BINARY = (
     "torch.addcmul({0}, {1}, self.bias)", "torch.where({0} > {1}, {0}, {1} * 0.5)",
     "torch.einsum('bd,be->bde', {0}, {1}).mean(1)",
     "torch.cat([{0}, {1}], 1).view(B, 2, D).sum(1)",
+    "self.joint(torch.cat([{0}, {1}], -1))", "torch.cat([{0}, {1}], -1) @ self.joint.weight.t()",
+    "functional.conv1d(torch.stack([{0}, {1}, {0}], 1), self.kernel, padding=1).mean(1)",
+    "functional.conv1d(torch.cat([{0}[:, None], {1}[:, None]], 1), self.kernel[:, :2], "
+    "padding=1)[:, 0]",
 )
+OWN = ("self.each[t]({0})", "torch.tanh(self.each[t]({0}))", "self.each[t]({0}).relu() + {0}")
 NUMBERS = ("{0} * (t + 1)", "{0} + 0.1 * t", "{0} * self.schedule[t]", "{0} * 0.9 ** t")
 
 
@@ -73,6 +78,8 @@ from torch.nn import functional
 
 
 class Parts(nn.Module):
+    own = False
+
     def __init__(self, D):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(D, D) / D ** 0.5)
@@ -81,6 +88,10 @@ class Parts(nn.Module):
         self.scale = nn.Parameter(torch.rand(1) + 0.5)
         self.linear = nn.Linear(D, D)
         self.block = nn.Sequential(nn.Linear(D, 2 * D), nn.Tanh(), nn.Linear(2 * D, D))
+        self.joint = nn.Linear(2 * D, D)
+        self.kernel = nn.Parameter(torch.randn(2, 3, 3) / 3)
+        if self.own:
+            self.each = nn.ModuleList(nn.Linear(D, D) for _ in range(32))
         self.register_buffer("schedule", torch.linspace(0.5, 1, 64))
         self.register_buffer("order", torch.arange(D).flip(0))
 
@@ -116,6 +127,9 @@ def programs(draw: st.DrawFn, carries: bool | None = None) -> Program:
     body.append("y = " + draw(expressions(names)))
     if draw(st.integers(0, 5)) == 0:
         body.append("y = " + draw(st.sampled_from(NUMBERS)).format("y"))
+    own = draw(st.integers(0, 7)) == 0
+    if own:
+        body.append("y = " + draw(st.sampled_from(OWN)).format("y"))
     body.append(write)
     results = [result]
     if carried and draw(st.booleans()):
@@ -128,9 +142,11 @@ def programs(draw: st.DrawFn, carries: bool | None = None) -> Program:
              f"return {returned}"]
     forward = textwrap.indent("\n".join(
         ["B, T, D = x.shape", f"N = {trips}", *lines]), "        ")
-    source = f"class Model(Parts):\n    def forward(self, x, first):\n{forward}\n"
+    source = (f"class Model(Parts):\n    own = {own}\n\n"
+              f"    def forward(self, x, first):\n{forward}\n")
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
     folds = not carried and writer not in CARRYING and trips >= (6 if alternates else 3)
+    folds = folds and not (alternates and writer in OVERLAPPING)
     return Program(source, ((batch, length, channels), (batch, channels)), dtype, folds, trips)
 
 
@@ -186,12 +202,19 @@ WRITES = {  # before the loop, in it, and the result
     "copied": ("out = torch.nn.functional.pad(x, (0, 0, 0, 64 - T))", "out[:, t] = y", "out"),
     "added": ("out = torch.ones(B, 64, D, dtype=x.dtype)", "out[:, t] += y", "out"),
     "slices": ("out = x.new_zeros(B, 128, D)", "out[:, 2 * t : 2 * t + 2] = y.unsqueeze(1)", "out"),
+    "slices added": ("out = torch.ones(B, 128, D, dtype=x.dtype)",
+                     "out[:, 2 * t : 2 * t + 2] += y.unsqueeze(1)", "out"),
+    "overlapping": ("out = x.new_zeros(B, 128, D)", "out[:, 2 * t : 2 * t + 5] += y[:, None]",
+                    "out"),
+    "one further": ("out = torch.zeros(128, B, D, dtype=x.dtype)",
+                    "out[t : t + 3] = torch.stack([y, y * 2, s]) + out[t : t + 3]", "out"),
     "half": ("out = x.new_zeros(B, 64, D)", "out[:, t, : (D + 1) // 2] = y[:, : (D + 1) // 2]",
              "out"),
     "last": ("", "", "y"),
     "sum": ("acc = x.new_zeros(B, D)", "acc = acc + y", "acc"),
     "maximum": ("acc = x.new_full((B, D), -9.0)", "acc = torch.maximum(acc, y)", "acc"),
 }
+OVERLAPPING = {"overlapping", "one further"}
 CARRYING = {"sum", "maximum", "last"}  # something themselves, or drop all steps but the last
 
 
