@@ -47,7 +47,8 @@ def apply_passes(
     allow_random_reorder: let random operations be reordered or merged.
     verify, measure: switch these off and the report says so.
     tolerance: the relative difference allowed between float64 results, 1e-9 if None.
-    memory_budget: the result's peak memory over the model's, at most.
+    memory_budget: the result's peak memory over the model's, at most; in inference, what would pass
+        it is batched in slabs of steps.
     seed: of the inputs that verification draws and of the order of measurements.
 
     Raises TypeError for a model that is no module or is optimized or compiled already, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,6 +32,7 @@ STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 LARGE = 5000  # nodes: a graph of more is not run unrolled to see what re-rolling it is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
 MOST_COUNTEREXAMPLES = 8
+SLABS = (256, 64, 16)  # steps that are batched at a time where all of them need too much memory
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Selection:
     seconds: float = 0.0
 
 
-Cache = dict[frozenset[Group], Outcome]
+Cache = dict[tuple[frozenset[Group], int | None], Outcome]
 Progress = Callable[[str], None]
 
 
@@ -95,7 +96,7 @@ def select(
 ) -> Selection:
     """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
 
-    `cache` keeps rewritten graphs, by what was left out, for the other mode.
+    `cache` keeps rewritten graphs, by what was left out and in what slabs, for the other mode.
     """
     return _Selecting(model, captured, args, kwargs, options, mode, progress, cache).run()
 
@@ -108,6 +109,7 @@ class _Selecting:
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
         self.options, self.mode, self.progress, self.cache = options, mode, progress, cache
         self.excluded: frozenset[Group] = frozenset()
+        self.slab: int | None = None  # steps that passes batch at a time
         self.declined: list[Declined] = []
         self.worth: dict[Group, float] = {}
 
@@ -154,13 +156,20 @@ class _Selecting:
 
     def _rewrite(self, also: frozenset[Group] = frozenset()) -> Outcome:
         excluded = self.excluded | also
-        if excluded not in self.cache:
-            self.cache[excluded] = run_passes(
-                self.captured, self.options.passes, excluded=excluded,
+        if (excluded, self.slab) not in self.cache:
+            self.cache[excluded, self.slab] = run_passes(
+                self.captured, self._passes(), excluded=excluded,
                 allow_approximate=self.options.allow_approximate,
                 allow_random_reorder=self.options.allow_random_reorder,
             )
-        return self.cache[excluded]
+        return self.cache[excluded, self.slab]
+
+    def _passes(self) -> Sequence[Pass]:
+        """The passes, those that can batch in slabs told to."""
+        if self.slab is None:
+            return self.options.passes
+        return [replace(cast(Any, p), slab=self.slab) if hasattr(p, "slab") else p
+                for p in self.options.passes]
 
     def _module(self, outcome: Outcome) -> Rewritten:
         return Rewritten(self.model, self.captured, outcome.graph_module)
@@ -246,8 +255,13 @@ class _Selecting:
             naive, ours = comparison["naive"], comparison["looplift"]
             assert naive.memory is not None
             assert ours.memory is not None
-            if ours.memory <= self.options.memory_budget * max(naive.memory, 1 << 20):
+            budget = int(self.options.memory_budget * max(naive.memory, 1 << 20))
+            if ours.memory <= budget:
                 break
+            slabbed = self._in_slabs(budget) if self.slab is None else None
+            if slabbed is not None:
+                outcome, verdict = slabbed
+                continue
             heaviest = self._heaviest(outcome)
             self._decline(
                 heaviest, f"needs {ours.memory / max(naive.memory, 1):.2f}x the naive peak memory "
@@ -265,6 +279,21 @@ class _Selecting:
                 self._decline(outcome.groups, reason)
                 outcome = Outcome(outcome.graph_module)
         return outcome, verdict, comparison
+
+    def _in_slabs(self, budget: int) -> tuple[Outcome, Verdict] | None:
+        """The rewrites with batches of as many steps as fit, if some do; the longest that do.
+
+        In training the gradients need what every step computed, slabs or not.
+        """
+        for slab in SLABS if self.mode == "inference" else ():
+            self.slab = slab
+            outcome = self._rewrite()
+            if outcome.applied and self._weigh(self._module(outcome)) <= budget:
+                verdict = self._verify(outcome)
+                if not isinstance(verdict, Differs):
+                    return outcome, verdict
+        self.slab = None
+        return None
 
     def _heaviest(self, outcome: Outcome) -> list[Group]:
         """The groups without which the model needs the least memory."""

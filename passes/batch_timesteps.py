@@ -9,6 +9,7 @@ After:
 Wins:
     One matrix product of T·B rows instead of T products of B rows; no per-step overhead for
     what is batched. Shared weights are batched by identity: more rows, never copies.
+    `slab` steps at a time where all of them would need too much memory.
 Sound if:
     1. an operation is on no carry's cycle: no later step's carry that it depends on depends
        on it;
@@ -25,15 +26,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..optimizer.distribute import Split, batchable, distribution, splits
-from ..optimizer.facts import Facts, source_line
+from ..optimizer.facts import Facts, source_line, trips
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.separate import separable, separation
+from ..optimizer.slabs import in_slabs
 
 
 @dataclass(frozen=True)
 class BatchTimesteps:
     """Distribute scans with carries; see the module's docstring."""
 
+    slab: int | None = None  # batch at most so many steps at a time
     name: ClassVar[str] = "batch-timesteps"
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
@@ -47,6 +50,9 @@ class BatchTimesteps:
             if not batchable(parts) and is_one_cycle(parts):
                 reason = "every operation of the loop depends on the step before"
                 yield Skip(self.name, reason, source_line(parts.scan))
+                continue
+            if self.slab is not None and trips(parts.scan) > self.slab:
+                yield in_slabs(self.name, parts.scan, self.slab)
                 continue
             yield distribution(self.name, parts)
 
