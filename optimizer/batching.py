@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .builder import Builder
-from .facts import argument, aten, is_random, is_scan, shape, value
+from .facts import argument, aten, is_op, is_random, is_scan, shape, value
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class Batcher:
         args, kwargs = torch.fx.node.map_arg(
             (node.args, dict(node.kwargs)), lambda n: known.get(n, n)
         )
+        if is_op(node, aten.embedding.default) and isinstance(args[0], Lane) \
+                and argument(node, "padding_idx") >= 0:
+            return None  # torch.vmap would give the padding a gradient
         rule = RULES.get(node.target)
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = _pointwise
@@ -396,7 +399,15 @@ def _joined(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _embedding(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     weight, index, *rest = args
-    if isinstance(weight, Lane) or not isinstance(index, Lane):
+    if isinstance(weight, Lane):  # one table of all tables' rows
+        tables = b.at(weight, 0)
+        steps, rows, columns = shape(tables)
+        flat = b.build.reshape(tables, [steps * rows, columns])
+        places = b.repeated(index, 0)
+        begins = b.build.table(range(0, steps * rows, rows), value(places).device, torch.int64)
+        begins = b.build.reshape(begins, [steps, *[1] * (len(shape(places)) - 1)])
+        return Lane(b.call(node.target, flat, b.call(aten.add.Tensor, places, begins)), 0)
+    if not isinstance(index, Lane):
         return None
     return Lane(b.call(node.target, weight, index.node, *rest, **kwargs), index.axis)
 

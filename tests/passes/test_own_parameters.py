@@ -28,6 +28,8 @@ class Own(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(STEPS))
         self.scales = nn.ParameterList(torch.rand(WIDTH) for _ in range(STEPS))
+        padding = 2 if "padded" in kind else None
+        self.tables = nn.ModuleList(nn.Embedding(6, WIDTH, padding) for _ in range(STEPS))
         self.wide = nn.ModuleList(nn.Linear(WIDTH, 1 << 13) for _ in range(STEPS))
 
     def forward(self, x: Tensor) -> Any:
@@ -47,6 +49,10 @@ class Own(nn.Module):
             case "norms and scales":
                 pairs = zip(self.norms, self.scales, strict=True)
                 return torch.stack([torch.tanh(n(x[:, i])) * s for i, (n, s) in enumerate(pairs)])
+            case "tables" | "padded tables":
+                places = (x * 3).long().clamp(-2, 3) + 2
+                rows = [m(places[:, i]).sum(1) for i, m in enumerate(self.tables)]
+                return torch.stack([m(places[:, 0]).sum(1) for m in self.tables] + rows, 1)
             case "shared by some":
                 shared = [self.linears[i % 2] for i in range(STEPS)]
                 return torch.stack([torch.relu(m(x[:, i])) for i, m in enumerate(shared)], 1)
@@ -61,7 +67,7 @@ class Own(nn.Module):
 
 
 BATCHED = ["a linear for each", "no bias", "matrices", "experts on one input", "weighted experts",
-           "norms and scales"]
+           "norms and scales", "tables"]
 X = torch.randn(2, STEPS, WIDTH)
 
 
@@ -88,6 +94,14 @@ def test_what_is_left(kind: str, reason: str, run: Any, equal: Any) -> None:
     told = [s.reason for s in outcome.skips]
     assert any(reason in r for r in told), told
     equal(model, (X,))
+
+
+def test_the_padding_of_each_table_gets_no_gradient(equal: Any) -> None:
+    model = Own("padded tables")
+    fast = equal(model, (X,))
+    fast(X).square().sum().backward()
+    grads = [table.grad for table in model.tables.parameters()]
+    assert all(grad is not None and not grad[2].any() and grad.any() for grad in grads)
 
 
 def test_projections_of_one_input_are_no_loop(run: Any) -> None:
