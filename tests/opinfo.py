@@ -3,8 +3,9 @@
 For each operator and each of its float32 and float64 sample inputs, a step is captured, put
 into a scan of three steps (once with only the first tensor read at each step, once with all of
 them), and batched as `vectorize-patches` does. What comes out must equal the operator called
-three times. The table counts samples: batched, left in a loop because neither a rule nor
-torch.vmap covers an operation, not captured, and wrong. No operator may be wrong.
+three times, in values and in float64's gradients. The table counts samples: batched, left in a
+loop because neither a rule nor torch.vmap covers an operation, not captured, and wrong. No
+operator may be wrong.
 
     python tests/opinfo.py [NAME ...] [--samples N] [--write docs/opinfo.md]
 """
@@ -17,7 +18,7 @@ import multiprocessing
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def judged(tally: Tally, operator: Any, sample: Any, dtype: torch.dtype) -> None
         tally.add("not captured", "no dense tensor")
         return
     try:
-        captured = capture(step, step.tensors)
+        captured = capture(step, wanting_gradients(step.tensors))
     except CaptureError as error:
         tally.add("not captured", str(error).split(":")[0].split("\n")[0][:60])
         return
@@ -191,7 +192,54 @@ def batched(
         return "in a loop", ", ".join(sorted({
             str(n.target) for scan in left for n in Facts(body_of(scan)).operations
             if not str(n.target).startswith("<")}))
+    if dtype is torch.float64 and (reason := other_gradients(run, step, inputs, varied)):
+        return "wrong", reason
     return "batched", ""
+
+
+def wanting_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors]
+
+
+def other_gradients(
+    run: Callable[..., list[Any]], step: Step, inputs: list[Tensor], varied: tuple[int, ...]
+) -> str:
+    """How the gradients of the batched operator differ from those of the three calls."""
+    leaves = wanting_gradients(inputs)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def of(results: list[Tensor]) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(1)
+        loss: Any = 0.0
+        for r in results:
+            weight = torch.rand(r.shape, generator=generator, dtype=torch.float64)
+            r = torch.view_as_real(r.resolve_conj()).sum(-1) if r.is_complex() else r
+            loss = loss + (r * weight).sum()
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return [None for _ in wanted]
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+    try:
+        calls = [pytree.tree_leaves(step(*(
+            leaf[k] if i in varied else leaf for i, leaf in enumerate(leaves)
+        ))) for k in range(len(STEPS))]
+        kept = [i for i, r in enumerate(calls[0]) if r.requires_grad]
+        want = of([torch.stack([call[i] for call in calls]) for i in kept])
+    except Exception:
+        return ""  # the operator has no gradients
+    try:
+        results = run(*leaves)
+        got = of([results[i] for i in kept])
+    except Exception as error:
+        return f"its backward raises {type(error).__name__}: {str(error)[:80]}"
+    for one, other in zip(want, got, strict=True):
+        one = torch.zeros_like(other) if one is None and other is not None else one
+        other = torch.zeros_like(one) if other is None and one is not None else other
+        if one is not None and other is not None and not torch.allclose(
+            one, other, rtol=0, atol=1e2 * tolerance(one), equal_nan=True
+        ):
+            return f"another gradient, by {float((one - other).abs().max()):.1e}"
+    return ""
 
 
 def as_accurate(step: Step, tensors: list[Tensor], place: int, one: Tensor, other: Tensor) -> bool:
