@@ -48,9 +48,16 @@ def _carry_out(graph_module: GraphModule, rewrite: Rewrite, mode: FakeTensorMode
     if (line := rewrite.line) is not None:
         stamp["stack_trace"] = line.as_frame()
     build = Builder(graph_module, rewrite.at, mode, stamp)
-    made = list(zip(rewrite.replaces, rewrite.build(build), strict=True))
-    for old, new in made:
-        _check(rewrite, old, new)
+    before = set(graph_module.graph.nodes)
+    try:
+        made = list(zip(rewrite.replaces, rewrite.build(build), strict=True))
+        for old, new in made:
+            _check(rewrite, old, new)
+    except Exception:
+        for node in reversed(list(graph_module.graph.nodes)):
+            if node not in before:
+                graph_module.graph.erase_node(node)
+        raise
     for old, new in made:
         old.replace_all_uses_with(new)
     for old in rewrite.supersedes:
@@ -141,6 +148,12 @@ def restore(
         now = _seen(leaves[position], position, dict(owners))
         if was.owner is not None and was.owner < 0 and now != was:
             leaves[position] = _viewed_again(build, originals[position], inputs)
+        elif now != was and not _can_be_restored(leaves, was):
+            group = [k for k, seen in enumerate(before)
+                     if seen.strides is not None and (was.owner if was.owner is not None
+                                                      else position) in (k, seen.owner)]
+            for k, leaf in zip(group, _in_one_storage(build, leaves, before, group), strict=True):
+                leaves[k] = leaf
         elif now != was:
             leaves[position] = _restored(build, leaves, position, was, now)
         owners.setdefault(_storage(value(leaves[position])), position)
@@ -165,12 +178,51 @@ def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: 
         if now.owner is None and now.strides == was.strides:
             return cast(Node, node)  # elsewhere in a storage of its own
         return _with_strides(build, node, was.strides)
-    base = value(leaves[was.owner])
-    last = was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
-    if base.untyped_storage().size() // base.element_size() <= last:
-        raise ContractError(f"output {position} was a view of memory that is gone")
     return build.call(aten.as_strided.default, leaves[was.owner], list(was.shape),
                       list(was.strides), was.offset)
+
+
+def _can_be_restored(leaves: list[Any], was: Seen) -> bool:
+    """Whether an output is a permutation of a dense tensor, or a view of an earlier output."""
+    assert was.strides is not None
+    if was.owner is not None:
+        base = value(leaves[was.owner])
+        return bool(base.untyped_storage().size() // base.element_size() > _last(was))
+    dense = 1
+    for stride, size in () if 0 in was.shape else sorted(zip(was.strides, was.shape, strict=True)):
+        if size != 1 and stride != dense:
+            return False
+        dense *= size
+    return True
+
+
+def _last(was: Seen) -> int:
+    """The place of the last element in its storage."""
+    assert was.strides is not None
+    return was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
+
+
+def _in_one_storage(
+    build: Builder, leaves: list[Any], before: Sequence[Seen], group: Sequence[int]
+) -> list[Node]:
+    """The outputs of `group` as views of one storage, such as a buffer that is gone."""
+    size = 1 + max(_last(before[k]) for k in group)
+    storage = build.call(aten.new_zeros.default, leaves[group[0]], [size])
+    places = [(list(before[k].shape), list(cast(Any, before[k].strides)), before[k].offset)
+              for k in group]
+    numbers, covered = torch.arange(size), torch.zeros(size, dtype=torch.bool)
+    largest = sorted(range(len(group)), key=lambda i: -value(leaves[group[i]]).numel())
+    for i in largest:
+        own = torch.as_strided(numbers, *places[i]).reshape(-1)
+        if covered[own].all():
+            continue  # a part of what is there
+        if covered[own].any():
+            raise ContractError("two outputs share a part of their memory, but neither all of it")
+        covered[own] = True
+        flat = build.reshape(leaves[group[i]], [own.numel()])
+        index = build.table(own.tolist(), value(storage).device, torch.int64)
+        storage = build.call(aten.index_copy.default, storage, 0, index, flat)
+    return [build.call(aten.as_strided.default, storage, *place) for place in places]
 
 
 def _with_strides(build: Builder, node: Node, strides: tuple[int, ...]) -> Node:

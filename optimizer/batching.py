@@ -67,9 +67,10 @@ class Batcher:
         args, kwargs = torch.fx.node.map_arg(
             (node.args, dict(node.kwargs)), lambda n: known.get(n, n)
         )
-        if is_op(node, aten.embedding.default) and isinstance(args[0], Lane) \
-                and argument(node, "padding_idx") >= 0:
-            return None  # torch.vmap would give the padding a gradient
+        if is_op(node, aten.embedding.default) and (argument(node, "scale_grad_by_freq") or (
+            isinstance(args[0], Lane) and argument(node, "padding_idx") >= 0
+        )):
+            return None  # its gradient depends on how it is called, or torch.vmap forgets it
         rule = RULES.get(node.target)
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = _pointwise

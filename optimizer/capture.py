@@ -7,9 +7,7 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import copy
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,6 +27,7 @@ from torch.utils import _pytree as pytree
 from .apply import Seen, visible
 from .cases import copied, flat, flat_outputs
 from .facts import PHYSICAL, TORCH, is_op, source_line
+from .held import Contents
 from .normal_form import UnsupportedRegion, normalize
 
 PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
@@ -116,13 +115,14 @@ def model_state(model: nn.Module) -> tuple[State, ...]:
 
 @contextlib.contextmanager
 def swapped(
-    model: nn.Module, tensors: dict[int, Tensor], strict: bool = True
+    model: nn.Module, tensors: dict[int, Tensor], strict: bool = True, restore: bool = True
 ) -> Iterator[None]:
     """The model with each of its tensors, shared ones too, replaced by that of the same id.
 
     On the way out everything is put back, also what forward assigned meanwhile; if `strict`,
     raises `CaptureError` if it did assign an attribute, since that effect would be lost.
-    (What torch's own modules assign is bookkeeping.)
+    (What torch's own modules assign is bookkeeping.) Without `restore`, what lists, tables and
+    objects of the model hold stays as forward left it.
     """
     modules = list(underlying(model).modules())
     holders: list[dict[str, Any]] = [
@@ -135,11 +135,10 @@ def swapped(
     ours = [strict and not type(m).__module__.startswith("torch.") for m in modules]
     own = [checked for checked in ours for _ in range(3)]
     before = [dict(holder) for holder in holders]
-    containers = [
-        (key, held, copy.copy(held)) for holder in holders for key, held in holder.items()
-        if isinstance(held, (list, dict, set, collections.deque)) and not key.startswith("_")
-    ]
+    original = Contents(modules)
     try:
+        original.swap(tensors)
+        contents = Contents(modules)
         swaps = []
         for holder in holders:
             for key, held in holder.items():
@@ -152,38 +151,22 @@ def swapped(
         for holder, swap, checked in zip(holders, swaps, own, strict=True):
             for key in (holder.keys() | swap.keys()) if checked else ():
                 if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
-                    raise CaptureError(f"forward assigns the attribute {key!r} {EFFECT}")
-        for key, held, contents in containers:
-            if strict and not _same_items(held, contents):
-                raise CaptureError(f"forward changes the container {key!r} {EFFECT}")
+                    raise CaptureError(f"forward assigns the attribute {key!r}, {EFFECT}")
+        changed = contents.changed() if strict else None
+        if changed is not None:
+            raise CaptureError(f"forward changes what the attribute {changed!r} holds, {EFFECT}")
     finally:
-        for _, held, contents in containers:
-            _refill(held, contents)
-        for holder, original in zip(holders, before, strict=True):
+        for holder, contained in zip(holders, before, strict=True):
             holder.clear()
-            holder.update(original)
+            holder.update(contained)
+        if restore:
+            original.put_back()
 
 
 EFFECT = (
-    "of the model, an effect that a captured graph would not repeat; keep the value in a "
+    "an effect that a captured graph would not repeat; keep the value in a "
     "registered buffer and write to it in place"
 )
-
-
-def _same_items(held: Any, contents: Any) -> bool:
-    one, other = (list(c.items()) if isinstance(c, dict) else list(c) for c in (held, contents))
-    flat = [x for pair in (*one, *other) for x in (pair if isinstance(pair, tuple) else (pair,))]
-    half = len(flat) // 2
-    return len(one) == len(other) and all(
-        x is y for x, y in zip(flat[:half], flat[half:], strict=False)
-    )
-
-
-def _refill(held: Any, contents: Any) -> None:
-    if _same_items(held, contents):
-        return
-    held.clear()
-    (held.extend if isinstance(held, (list, collections.deque)) else held.update)(contents)
 
 
 def capture(
@@ -229,6 +212,7 @@ def capture(
     except UnsupportedRegion as error:
         raise CaptureError(str(error)) from error
     _refuse_layouts(graph_module)
+    _refuse_constants(graph_module)
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
         trace.same_as, trace.constants, seen, mode,
@@ -241,6 +225,22 @@ def _refuse_layouts(graph_module: GraphModule) -> None:
         if is_op(node, *PHYSICAL):
             raise CaptureError(f"{node.target.__name__} at {source_line(node)} depends on how its "
                                "tensor lies in memory; use unfold, select or slices")
+
+
+def _refuse_constants(graph_module: GraphModule) -> None:
+    """Tensors that are neither inputs nor the model's own must be constants."""
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        held = getattr(graph_module, str(node.target))
+        if isinstance(held, torch._subclasses.FakeTensor):
+            raise CaptureError(
+                f"a tensor is made by torch.Tensor(…) or its like at {source_line(node)}, of which "
+                "a trace does not see the numbers; use torch.tensor"
+            )
+        if isinstance(held, Tensor) and held.requires_grad:
+            raise CaptureError(
+                f"forward uses a tensor that requires a gradient at {source_line(node)}, and that "
+                "is no parameter of the model; register it"
+            )
 
 
 class _Trace:
@@ -303,14 +303,31 @@ def _aliases(one: FunctionalTensor, other: FunctionalTensor) -> bool:
 
 
 def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Run the model for real, on copies, so that caches it fills hold no fake tensors."""
-    leaves, spec = flat(args, kwargs)
-    positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
-    state = {id(s.get()): s.get().detach().clone() for s in model_state(model)}
-    try:
-        with torch.no_grad(), swapped(model, state, strict=False):
+    """Run the model for real, on copies, so that caches it fills hold no fake tensors.
+
+    What forward stores in lists, tables and objects of the model stays there if it is a cache:
+    a second call leaves it alone, and it holds nothing that parameters gave a gradient.
+    """
+    def call() -> None:
+        leaves, spec = flat(args, kwargs)
+        positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
+        state = {id(s.get()): s.get().detach().clone().requires_grad_(s.get().requires_grad)
+                 for s in model_state(model)}
+        with swapped(model, state, strict=False, restore=False):
             model(*positional, **named)
+
+    modules = list(underlying(model).modules())
+    before = Contents(modules)
+    try:
+        call()
+        if before.changed() is not None:
+            filled = Contents(modules)
+            grads = any(t.requires_grad for t in before.new_tensors())
+            call()
+            if grads or filled.changed() is not None:
+                before.put_back()
     except Exception as error:
+        before.put_back()
         raise _explained(error) from error
 
 

@@ -64,12 +64,14 @@ Source = Constant | Local | Carried | Invariant | Varying
 
 
 class Misfit(Exception):
-    """A repeat is not a loop: the reason, and the node whose argument says so."""
+    """A repeat is not a loop: the reason, the node whose argument says so, and the trip, if
+    another loop may begin there."""
 
-    def __init__(self, reason: str, node: Node) -> None:
+    def __init__(self, reason: str, node: Node, trip: int = 0) -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
+        self.trip = trip
 
 
 class Stretch:
@@ -117,7 +119,7 @@ class Stretch:
             if expected >= 0 and self.place.get(item) != expected * self.period + place:
                 raise Misfit(
                     "an argument does not come from the same number of trips back in every trip",
-                    column[i],
+                    column[i], i,
                 )
             if expected < 0 and item in self.place:
                 raise Misfit("the first trips read a value of the loop itself", column[i])
@@ -369,21 +371,26 @@ def _check_arguments(loop: Loop, place: int) -> None:
     node = loop.stretch.operations[place]
     for slot, source in enumerate(loop.sources[place]):
         if isinstance(source, Varying):
-            _check_varying(node, source, slot, place in loop.late)
+            _check_varying(loop.stretch.column(place), source, slot, place in loop.late)
         elif isinstance(source, Carried):
             if source.place in loop.writes:
                 raise Misfit("a buffer is read at a place that earlier steps write to", node)
             _check_start(loop.stretch.operations[source.place], source, node)
 
 
-def _check_varying(node: Node, source: Varying, slot: int, late: bool) -> None:
+def _check_varying(column: list[Node], source: Varying, slot: int, late: bool) -> None:
+    node = column[0]
     if isinstance(source.items[0], Node):
         if any(n.meta.get("state") for n in source.items):
+            changes = [i for i, pair in enumerate(itertools.pairwise(source.items), start=1)
+                       if pair[0] is not pair[1]]
+            shared = len(set(source.items)) < len(source.items)
             if late:
                 raise Misfit("each trip uses parameters of its own, and the result of the one "
-                             "before", node)
-            if len(set(source.items)) < len(source.items):
-                raise Misfit("some trips share parameters, others have their own", node)
+                             "before", node, changes[0] if shared else 0)
+            if shared:
+                raise Misfit("some trips share parameters, others have their own",
+                             column[changes[0]], changes[0])
         if not all(is_tensor(n) for n in source.items):
             raise Misfit("each trip runs another loop, or reads another tuple", node)
         first, *others = (value(n) for n in source.items)

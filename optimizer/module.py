@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .apply import ContractError
 from .capture import CaptureError, capture
 from .cases import copied
 from .report import (
@@ -75,7 +76,7 @@ class OptimizedModule(nn.Module):
                 return self.original(*args, **kwargs)
             mode = "training" if torch.is_grad_enabled() else "inference"
             self.optimize(args, kwargs, (mode,))
-            run = self.specialized[self._signature(leaves, structure)]
+            run = self.specialized.get(self._signature(leaves, structure), self.original)
         return run.run_flat(leaves) if isinstance(run, Rewritten) else run(*args, **kwargs)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
@@ -106,7 +107,7 @@ class OptimizedModule(nn.Module):
                     if selection.rewritten is not None:
                         vars(self)["rewritten"] = selection.rewritten
                     done.append(mode_report(selection))
-        except CaptureError as error:
+        except (CaptureError, ContractError) as error:
             failure = str(error)
         except Exception as error:
             log.exception("looplift failed on %s; the original runs", type(self.original).__name__)

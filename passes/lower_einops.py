@@ -88,8 +88,8 @@ class Contraction:
         return "matmul" if shared else "multiply"
 
     def build(self, build: Builder) -> list[Node]:
-        terms, nodes = list(self.terms), list(self.operands)
-        for step in self._path():
+        terms, nodes = self._without_ones(build)
+        for step in self._path(terms, nodes):
             chosen = [(terms[i], nodes[i]) for i in step]
             for i in sorted(step, reverse=True):
                 del terms[i], nodes[i]
@@ -102,11 +102,24 @@ class Contraction:
         return [arranged(build, *summed(build, terms[0], nodes[0], set(self.out)), self.out)]
 
 
-    def _path(self) -> list[tuple[int, ...]]:
+    def _without_ones(self, build: Builder) -> tuple[list[str], list[Node]]:
+        """The operands without axes of one that are longer in another, along which they repeat."""
+        size: dict[str, int] = {}
+        for term, node in zip(self.terms, self.operands, strict=True):
+            for letter, length in zip(term, shape(node), strict=True):
+                size[letter] = max(length, size.get(letter, 0))
+        terms, nodes = [], []
+        for term, node in zip(self.terms, self.operands, strict=True):
+            kept = [c for c, n in zip(term, shape(node), strict=True) if n == size[c] or n == 0]
+            terms.append("".join(kept))
+            nodes.append(build.reshape(node, [size[c] for c in kept]))
+        return terms, nodes
+
+    def _path(self, terms: Sequence[str], nodes: Sequence[Node]) -> list[tuple[int, ...]]:
         """Which operands to contract at each step, the results going to the end."""
-        if len(self.terms) < 3:
-            return [tuple(range(len(self.terms)))]
-        equation, sizes = f"{','.join(self.terms)}->{self.out}", [shape(n) for n in self.operands]
+        if len(terms) < 3:
+            return [tuple(range(len(terms)))]
+        equation, sizes = f"{','.join(terms)}->{self.out}", [shape(n) for n in nodes]
         path, _ = opt_einsum.contract_path(equation, *sizes, shapes=True, optimize="auto")
         return cast(list[tuple[int, ...]], path)
 

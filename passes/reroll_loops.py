@@ -98,18 +98,18 @@ class RerollLoops:
             inputs = {source for node in run for source in node.all_input_nodes}
             if inputs & folded or needed.intersection(run):
                 continue  # a loop of this round reads the other: next round, when that is folded
-            found = self._fold(runs, repeat.period)
-            if isinstance(found, Loop) and (reason := loses(found)):
-                found = Misfit(reason, run[0])
-            if isinstance(found, Loop):
-                taken.append(span)
-                folded.update(run)
-                needed |= inputs
-                yield self._rewrite(found, line)
-            elif worth_telling(run, repeat.period):
-                reason = f"a loop of {repeat.trips} trips: {found.reason}"
-                told.update(source_line(n) for n in run)
-                yield Skip(self.name, reason, source_line(found.node) or line)
+            found = self._loops(runs, repeat.period)
+            if isinstance(found, Misfit):
+                if worth_telling(run, repeat.period):
+                    reason = f"a loop of {repeat.trips} trips: {found.reason}"
+                    told.update(source_line(n) for n in run)
+                    yield Skip(self.name, reason, source_line(found.node) or line)
+                continue
+            taken.append(span)
+            folded.update(run)
+            needed |= inputs
+            for loop in found:
+                yield self._rewrite(loop, first_line(loop.stretch.operations))
         if taken:
             return  # what else there is may read what these loops replace
         collected = list(self._collections(facts))
@@ -152,6 +152,22 @@ class RerollLoops:
                 summary = f"{sum(w.count for w in found.windows)} windows → one concatenation"
                 yield Rewrite(self.name, summary, source_line(node), node, (node,),
                               lambda b, found=found: [found.build(b)])  # type: ignore[misc]
+
+    def _loops(self, runs: Sequence[Sequence[Node]], period: int) -> list[Loop] | Misfit:
+        """The loop that a run is, or the loops one after another, as in both directions of a
+        recurrent network: where the run is found to break, another may begin."""
+        found = self._fold(runs, period)
+        if isinstance(found, Loop):
+            reason = loses(found)
+            return Misfit(reason, runs[0][0]) if reason else [found]
+        place = found.trip * period
+        parts = [runs[0][:place], runs[0][place:]] if place else []
+        loops: list[Loop] = []
+        for part in parts:
+            if len(part) >= self.least_trips * period:
+                more = self._loops([part], period)
+                loops += more if isinstance(more, list) else []
+        return loops or found
 
     def _fold(self, runs: Sequence[Sequence[Node]], period: int) -> Loop | Misfit:
         """The loop that a run is, cut one way or another: all of it, or without a first or last

@@ -152,7 +152,7 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
     "an unsupported operation": (forward("return torch.from_numpy(x.numpy())"), ("@",), 4, (
         "could not be captured: RuntimeError: .numpy() is not supported", "mine.py:6 in forward")),
     "an assignment": (forward("self.last = x", "return x"), ("@",), 4, (
-        "forward assigns the attribute 'last' of the model",)),
+        "forward assigns the attribute 'last', an effect",)),
     "a compiled model": (GOOD + "model = torch.compile(Loop(), backend='eager')\n", ("@",), 2, (
         "the model is compiled already; optimize the module inside (`_orig_mod`)",)),
     "a wrapper": (GOOD + """
@@ -237,7 +237,8 @@ def test_odd_input(case: str, run: Run) -> None:
 
 def test_a_failing_backward_is_no_error(run: Run) -> None:
     result = run(forward("y = (x + self.shift).sigmoid()", "y += 1", "return y").replace(
-        "    def forward", "    shift = nn.Parameter(torch.zeros(()))\n\n    def forward"), "@",
+        "    def forward", "    def __init__(self):\n        super().__init__()\n"
+        "        self.shift = nn.Parameter(torch.zeros(()))\n\n    def forward"), "@",
         "--no-measure", "--mode", "training")
     assert result.exit_code == 0
     assert "nothing was worth rewriting" in result.stdout

@@ -914,3 +914,106 @@ def test_as_strided_is_refused_with_what_to_use_instead() -> None:
     failure = fast.report.signatures[0].failure
     assert failure is not None
     assert "depends on how its tensor lies in memory; use unfold, select or slices" in failure
+
+
+# What hangs on a model in lists, tables and objects
+
+
+class Cell:
+    """A plain object with a tensor or nothing."""
+
+    def __init__(self) -> None:
+        self.held: Any = None
+
+
+class Nested(nn.Module):
+    """Keeps its state, or a cache, somewhere below an attribute: (B, T, 3) to (B, 3)."""
+
+    def __init__(self, where: str, cache: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.cache = cache
+        self.cell, self._memory, self.lists = Cell(), {"v": None}, [[None]]
+        self.slots: dict[str, tuple[Any, Any]] = {
+            "object": (vars(self.cell), "held"), "table": (self._memory, "v"),
+            "list in a list": (self.lists[0], 0),
+        }
+        self.where = where
+
+    @property
+    def held(self) -> Any:
+        slot, key = self.slots[self.where]
+        return slot[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        slot, key = self.slots[self.where]
+        if slot[key] is None:
+            slot[key] = x.new_ones(3) if self.cache else x.new_zeros(len(x), 3)
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.linear(x[:, t]) + h + slot[key])
+        if not self.cache:
+            slot[key] = h
+        return h
+
+
+@pytest.mark.parametrize("where", ["object", "table", "list in a list"])
+def test_state_below_an_attribute_is_refused_and_left_as_it_was(where: str) -> None:
+    model, x = Nested(where, cache=False), torch.randn(2, 5, 3)
+    naive = copy.deepcopy(model)
+    fast = optimized(model, x)
+    assert "forward changes what the attribute" in failure(fast)
+    assert model.held is None
+    for _ in range(3):
+        assert torch.equal(fast(x), naive(x))
+    assert isinstance(model.held, Tensor)
+
+
+@pytest.mark.parametrize("where", ["object", "table", "list in a list"])
+def test_a_cache_below_an_attribute_is_filled_once(where: str) -> None:
+    model, x = Nested(where, cache=True), torch.randn(2, 5, 3)
+    fast = optimized(model, x)
+    assert fast.graph_module is not None
+    assert isinstance(model.held, Tensor)
+    assert_close(fast(x), copy.deepcopy(model)(x))
+
+
+class Twice(nn.Module):
+    """A parameter that is registered, and in a table as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+        self.table = {"weight": self.weight}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + x[:, t] * self.table["weight"])
+        return h
+
+
+def test_a_parameter_in_a_table_is_the_models_own() -> None:
+    model, x = Twice(), torch.randn(2, 5, 3)
+    fast = optimized(model, x)
+    assert fast.graph_module is not None
+    fast(x).sum().backward()
+    got = model.weight.grad
+    model.weight.grad = None
+    model(x).sum().backward()
+    assert_close(got, model.weight.grad)
+    assert model.table["weight"] is model.weight
+
+
+STRAY = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize(("run", "reason"), [
+    (lambda m, x: x[:, :1] * STRAY.sum(), "requires a gradient"),
+    (lambda m, x: x * torch.sqrt(torch.FloatTensor([0.5])), "use torch.tensor"),
+])
+def test_tensors_that_a_graph_cannot_hold(run: Run, reason: str) -> None:
+    program = Program(run)
+    fast = optimized(program, ROWS.clone())
+    assert reason in failure(fast)
+    assert torch.equal(fast(ROWS), program(ROWS))

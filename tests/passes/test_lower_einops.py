@@ -101,3 +101,14 @@ def test_hyper_connections_are_left_without_einsum(run: Any, golden: Any) -> Non
 def test_spelled_out() -> None:
     assert spelled_out("...i,ij", [3, 2]) == (["ABi", "ij"], "ABj")
     assert spelled_out("ba", [2]) == (["ba"], "ab")
+
+
+@pytest.mark.parametrize(("equation", "shapes"), [
+    ("bhid,bhjd->bhij", [(1, 2, 5, 4), (3, 2, 6, 4)]), ("cb,bcad->", [(3, 4), (4, 1, 2, 4)]),
+    ("ab,bc,cd->ad", [(2, 1), (3, 4), (1, 5)]), ("ij,j->i", [(2, 3), (1,)]),
+    ("ij,ij->ij", [(2, 1), (1, 3)]), ("...i,...i->...", [(1, 4, 3), (2, 1, 3)]),
+])
+def test_axes_of_one_repeat(equation: str, shapes: list[tuple[int, ...]], equal: Any) -> None:
+    inputs = tuple(torch.randn(s, requires_grad=True) for s in shapes)
+    fast = equal(Einsum(equation), inputs)
+    torch.testing.assert_close(fast(*inputs), torch.einsum(equation, *inputs))

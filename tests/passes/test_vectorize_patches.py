@@ -183,3 +183,19 @@ def test_keeps_the_contract(keeps_contract: Any) -> None:
     keeps_contract(Patches(), (torch.randn(2, 3, 6, 8),))
     keeps_contract(Heads(), (torch.randn(2, 7, 12),))
     keeps_contract(WritesRowsAndColumns(), (torch.randn(2, 3, 8, 4),))
+
+
+class Frequencies(nn.Module):
+    """A lookup whose gradient depends on how often one call sees a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, scale_grad_by_freq=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.table(x[:, t]).sum(1) for t in range(x.shape[1])], 1)
+
+
+def test_lookups_that_count_frequencies_stay_apart(equal: Any) -> None:
+    fast = equal(Frequencies(), (torch.randint(0, 5, (3, 6, 4)),))
+    assert "for " in fast.code

@@ -1,0 +1,84 @@
+"""What a model holds besides its registered tensors: lists, tables and objects, however nested."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+OWN = frozenset(vars(nn.Module()))  # the attributes that every module has, by name
+MOST = 20_000  # containers looked at: what hangs on a model may be anything
+OPAQUE = (
+    Tensor, nn.Module, str, bytes, int, float, complex, type, type(None), types.ModuleType,
+    types.FunctionType, types.MethodType, types.BuiltinFunctionType,
+)
+
+
+def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Each list, table, set or object's attributes, with the module's attribute it hangs on."""
+    stack = [(key, held) for module in modules for key, held in vars(module).items()
+             if key not in OWN]
+    seen: set[int] = set()
+    while stack and len(seen) < MOST:
+        key, held = stack.pop()
+        if isinstance(held, OPAQUE) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        inside = held if isinstance(held, (list, dict, set, tuple, collections.deque)) \
+            else getattr(held, "__dict__", None)
+        if inside is None or isinstance(inside, types.MappingProxyType):
+            continue
+        if not isinstance(inside, tuple):
+            yield key, inside
+        items = inside.values() if isinstance(inside, dict) else inside
+        stack += [(key, item) for item in items]
+
+
+class Contents:
+    """The contents of all containers of some modules, to be compared with and put back."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.kept = [(key, held, copy.copy(held)) for key, held in containers(modules)]
+
+    def changed(self) -> str | None:
+        """The attribute below which something is not as it was."""
+        return next((key for key, held, was in self.kept if not _same(held, was)), None)
+
+    def swap(self, tensors: Mapping[int, Tensor]) -> None:
+        """Replace each tensor by that of the same id."""
+        for _, held, _ in self.kept:
+            places = held.items() if isinstance(held, dict) else enumerate(held)
+            for place, item in list(places) if not isinstance(held, set) else ():
+                if isinstance(item, Tensor) and id(item) in tensors:
+                    held[place] = tensors[id(item)]
+
+    def put_back(self) -> None:
+        for _, held, was in self.kept:
+            if not _same(held, was):
+                held.clear()
+                (held.extend if isinstance(held, (list, collections.deque)) else held.update)(was)
+
+    def new_tensors(self) -> Iterator[Tensor]:
+        """The tensors in containers that were not there."""
+        for _, held, was in self.kept:
+            before = set(map(id, _items(was)))
+            yield from (i for i in _items(held) if isinstance(i, Tensor) and id(i) not in before)
+
+
+def _items(held: Any) -> Sequence[Any]:
+    return list(held.values() if isinstance(held, dict) else held)
+
+
+def _same(held: Any, was: Any) -> bool:
+    if len(held) != len(was):
+        return False
+    if isinstance(held, dict):
+        return all(a is b for a, b in zip(held, was, strict=True)) and all(
+            a is b for a, b in zip(held.values(), was.values(), strict=True))
+    if isinstance(held, set):
+        return bool(held == was)
+    return all(a is b for a, b in zip(held, was, strict=True))
