@@ -148,14 +148,14 @@ def restore(
         now = _seen(leaves[position], position, dict(owners))
         if was.owner is not None and was.owner < 0 and now != was:
             leaves[position] = _viewed_again(build, originals[position], inputs)
-        elif now != was and not _can_be_restored(leaves, was):
+        elif now != was and not _can_be_restored(leaves, before, was):
             group = [k for k, seen in enumerate(before)
                      if seen.strides is not None and (was.owner if was.owner is not None
                                                       else position) in (k, seen.owner)]
             for k, leaf in zip(group, _in_one_storage(build, leaves, before, group), strict=True):
                 leaves[k] = leaf
         elif now != was:
-            leaves[position] = _restored(build, leaves, position, was, now)
+            leaves[position] = _restored(build, leaves, before, position, now)
         owners.setdefault(_storage(value(leaves[position])), position)
     end.args = (leaves,)
     graph_module.recompile()
@@ -171,23 +171,27 @@ def _viewed_again(build: Builder, original: Node, inputs: dict[Node, Node]) -> N
     return build.call(original.target, source, *original.args[1:], **original.kwargs)
 
 
-def _restored(build: Builder, leaves: list[Any], position: int, was: Seen, now: Seen) -> Node:
+def _restored(
+    build: Builder, leaves: list[Any], before: Sequence[Seen], position: int, now: Seen
+) -> Node:
+    node, was = leaves[position], before[position]
     assert was.strides is not None
-    node = leaves[position]
     if was.owner is None:
         if now.owner is None and now.strides == was.strides:
             return cast(Node, node)  # elsewhere in a storage of its own
         return _with_strides(build, node, was.strides)
+    begin = int(value(leaves[was.owner]).storage_offset()) - before[was.owner].offset
     return build.call(aten.as_strided.default, leaves[was.owner], list(was.shape),
-                      list(was.strides), was.offset)
+                      list(was.strides), was.offset + begin)
 
 
-def _can_be_restored(leaves: list[Any], was: Seen) -> bool:
-    """Whether an output is a permutation of a dense tensor, or a view of an earlier output."""
+def _can_be_restored(leaves: list[Any], before: Sequence[Seen], was: Seen) -> bool:
+    """Whether an output is a permutation of a dense tensor, or a part of an earlier output."""
     assert was.strides is not None
     if was.owner is not None:
-        base = value(leaves[was.owner])
-        return bool(base.untyped_storage().size() // base.element_size() > _last(was))
+        whole = before[was.owner]
+        return tuple(value(leaves[was.owner]).stride()) == whole.strides and bool(
+            torch.isin(_places(was), _places(whole)).all())
     dense = 1
     for stride, size in () if 0 in was.shape else sorted(zip(was.strides, was.shape, strict=True)):
         if size != 1 and stride != dense:
@@ -202,18 +206,26 @@ def _last(was: Seen) -> int:
     return was.offset + sum((n - 1) * st for n, st in zip(was.shape, was.strides, strict=True))
 
 
+def _places(was: Seen) -> Tensor:
+    """The places of all elements in their storage."""
+    numbers = torch.arange(max(_last(was) + 1, 0))
+    assert was.strides is not None
+    return torch.as_strided(numbers, was.shape, was.strides, was.offset).reshape(-1) \
+        if 0 not in was.shape else numbers[:0]
+
+
 def _in_one_storage(
     build: Builder, leaves: list[Any], before: Sequence[Seen], group: Sequence[int]
 ) -> list[Node]:
     """The outputs of `group` as views of one storage, such as a buffer that is gone."""
-    size = 1 + max(_last(before[k]) for k in group)
+    size = max(0, *(1 + _last(before[k]) for k in group))
     storage = build.call(aten.new_zeros.default, leaves[group[0]], [size])
     places = [(list(before[k].shape), list(cast(Any, before[k].strides)), before[k].offset)
               for k in group]
-    numbers, covered = torch.arange(size), torch.zeros(size, dtype=torch.bool)
+    covered = torch.zeros(size, dtype=torch.bool)
     largest = sorted(range(len(group)), key=lambda i: -value(leaves[group[i]]).numel())
     for i in largest:
-        own = torch.as_strided(numbers, *places[i]).reshape(-1)
+        own = _places(before[group[i]])
         if covered[own].all():
             continue  # a part of what is there
         if covered[own].any():
