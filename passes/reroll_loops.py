@@ -301,6 +301,10 @@ def loses(loop: Loop) -> str:
     if cheap and len(work) <= len(stacked):
         return "its steps read values that would have to be stacked, at the cost of what they " \
             "compute"
+    sources = [s for place in body for s in loop.sources[place]]
+    varies = loop.reads or any(isinstance(s, Varying) for s in sources)
+    if not varies and len(work) == 1 and loop.trips < LOOKS_REPEATED:
+        return "it repeats one operation a few times, which a loop would not make faster"
     copied = sum(bytes_of(n) for items in stacked for n in items if n.meta.get("state"))
     made = [n for n in loop.stretch.operations if worth_folding(n) and is_tensor(n)]
     computed = sum(map(bytes_of, made))

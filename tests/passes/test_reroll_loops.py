@@ -593,3 +593,16 @@ def test_outputs_that_are_parts_of_a_buffer(outputs: Any, equal: Any) -> None:
     want[-1].fill_(7)
     got[-1].fill_(7)  # seen in the others where they share memory
     torch.testing.assert_close(got, want)
+
+
+def few_sums(m: Any, x: Tensor) -> Tensor:
+    v = torch.sin(x)
+    a = v + v
+    b = a + v
+    c = b + v
+    return torch.tanh(c + v)
+
+
+def test_a_few_equal_operations_are_no_loop(run: Any) -> None:
+    outcome = run(Model(few_sums), (torch.randn(2, 6, 4),), [RerollLoops()])
+    assert outcome.applied == []
