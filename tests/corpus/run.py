@@ -141,7 +141,9 @@ def document(rows: Sequence[Row]) -> str:
         "# Real packages", "",
         "Made by `make corpus`: random weights, small configurations, one thread. Loops: folded "
         "(or left, with a reason) of those written with three trips or more. Ratios are to the "
-        "naive model, in one interleaved run; a dash where nothing was rewritten.", "",
+        "naive model, in one interleaved run; a dash where nothing was rewritten. Peak memory is "
+        "that of the naive model's as well, inference and training; the budget leaves peaks of "
+        "about 1 MiB out.", "",
         f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(cells(row))} |" for row in rows), "", "## Loops that were left", "",
         *dict.fromkeys(f"- {row.name}: {reason}" for row in rows for reason in row.told), "",
