@@ -48,15 +48,13 @@ def _carry_out(graph_module: GraphModule, rewrite: Rewrite, mode: FakeTensorMode
     if (line := rewrite.line) is not None:
         stamp["stack_trace"] = line.as_frame()
     build = Builder(graph_module, rewrite.at, mode, stamp)
-    before = set(graph_module.graph.nodes)
     try:
         made = list(zip(rewrite.replaces, rewrite.build(build), strict=True))
         for old, new in made:
             _check(rewrite, old, new)
     except Exception:
-        for node in reversed(list(graph_module.graph.nodes)):
-            if node not in before:
-                graph_module.graph.erase_node(node)
+        for node in reversed(build.made):
+            graph_module.graph.erase_node(node)
         raise
     for old, new in made:
         old.replace_all_uses_with(new)
@@ -148,10 +146,10 @@ def restore(
         now = _seen(leaves[position], position, dict(owners))
         if was.owner is not None and was.owner < 0 and now != was:
             leaves[position] = _viewed_again(build, originals[position], inputs)
-        elif now != was and not _can_be_restored(leaves, before, was):
+        elif now != was and not _can_be_restored(leaves, before, was, now):
+            root = position if was.owner is None else was.owner
             group = [k for k, seen in enumerate(before)
-                     if seen.strides is not None and (was.owner if was.owner is not None
-                                                      else position) in (k, seen.owner)]
+                     if seen.strides is not None and root in (k, seen.owner)]
             for k, leaf in zip(group, _in_one_storage(build, leaves, before, group), strict=True):
                 leaves[k] = leaf
         elif now != was:
@@ -185,13 +183,17 @@ def _restored(
                       list(was.strides), was.offset + begin)
 
 
-def _can_be_restored(leaves: list[Any], before: Sequence[Seen], was: Seen) -> bool:
-    """Whether an output is a permutation of a dense tensor, or a part of an earlier output."""
+def _can_be_restored(
+    leaves: list[Any], before: Sequence[Seen], was: Seen, now: Seen
+) -> bool:
+    """Whether an output lies as it did, is to be dense, or is a part of an earlier output."""
     assert was.strides is not None
     if was.owner is not None:
         whole = before[was.owner]
         return tuple(value(leaves[was.owner]).stride()) == whole.strides and bool(
             torch.isin(_places(was), _places(whole)).all())
+    if now.owner is None and now.strides == was.strides:
+        return True
     dense = 1
     for stride, size in () if 0 in was.shape else sorted(zip(was.strides, was.shape, strict=True)):
         if size != 1 and stride != dense:

@@ -220,11 +220,11 @@ class _Assembly:
         build, axis = self.build, write.axis
         start = write.start if write.after is None else self._written(write.after, lanes_at)
         stacked = self._all_steps(write, lanes_at)
-        begins = list(write.begins)
-        if write.added is None and begins[1] < begins[0]:
-            stacked, begins = build.call(aten.flip.default, stacked, [0]), begins[::-1]
         if write.added is not None:
             return add_windows(build, start, stacked, write)
+        begins = list(write.begins)
+        if begins[1] < begins[0]:
+            stacked, begins = build.call(aten.flip.default, stacked, [0]), begins[::-1]
         moved = build.move(stacked, 0, axis)
         gap, width = begins[1] - begins[0], write.width or 1
         end = begins[-1] + width

@@ -32,11 +32,13 @@ class Builder:
         self.at = at
         self.mode = mode
         self.stamp = stamp or {}
+        self.made: list[Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """One operation on nodes and constants."""
         with self.graph_module.graph.inserting_before(self.at):
             node = self.graph_module.graph.call_function(target, args, kwargs)
+        self.made.append(node)
         node.meta.update(self.stamp)
         node.meta["val"] = fake_result(node, self.mode)
         return node
@@ -45,6 +47,7 @@ class Builder:
         """`node` of another graph (or place), with its arguments looked up in `known`."""
         with self.graph_module.graph.inserting_before(self.at):
             made = self.graph_module.graph.node_copy(node, lambda n: known.get(n, n))
+        self.made.append(made)
         made.meta = dict(node.meta)
         return made
 
@@ -52,8 +55,7 @@ class Builder:
         """A `get_attr` node for `held`, registered under a fresh name that starts with `name`."""
         fresh, count = name, 0
         if isinstance(held, GraphModule) and (same := self._same_body(held)) is not None:
-            with self.graph_module.graph.inserting_before(self.at):
-                return self.graph_module.graph.get_attr(same)
+            return self._get_attr(same)
         while hasattr(self.graph_module, fresh):
             count += 1
             fresh = f"{name}_{count}"
@@ -61,12 +63,17 @@ class Builder:
             self.graph_module.add_module(fresh, held)
         else:
             self.graph_module.register_buffer(fresh, held, persistent=False)
-        with self.graph_module.graph.inserting_before(self.at):
-            node = self.graph_module.graph.get_attr(fresh)
+        node = self._get_attr(fresh)
         node.meta.update(self.stamp)
         if isinstance(held, Tensor):
             with self.mode:
                 node.meta["val"] = self.mode.from_tensor(held, static_shapes=True)
+        return node
+
+    def _get_attr(self, name: str) -> Node:
+        with self.graph_module.graph.inserting_before(self.at):
+            node = self.graph_module.graph.get_attr(name)
+        self.made.append(node)
         return node
 
     def _same_body(self, body: GraphModule) -> str | None:

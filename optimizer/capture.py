@@ -138,7 +138,7 @@ def swapped(
     original = Contents(modules)
     try:
         original.swap(tensors)
-        contents = Contents(modules)
+        swapped_in = Contents(modules) if strict else None
         swaps = []
         for holder in holders:
             for key, held in holder.items():
@@ -152,7 +152,7 @@ def swapped(
             for key in (holder.keys() | swap.keys()) if checked else ():
                 if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
                     raise CaptureError(f"forward assigns the attribute {key!r}, {EFFECT}")
-        changed = contents.changed() if strict else None
+        changed = swapped_in.changed() if swapped_in is not None else None
         if changed is not None:
             raise CaptureError(f"forward changes what the attribute {changed!r} holds, {EFFECT}")
     finally:

@@ -9,7 +9,7 @@ the loop distribution of Allen and Kennedy, "Optimizing Compilers for Modern Arc
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -345,14 +345,20 @@ def splits(facts: Facts) -> Iterator[Split]:
 
 def distribution(pass_name: str, parts: Split) -> Rewrite:
     """The rewrite that distributes a scan, in the name of a pass."""
-    scan = parts.scan
+    summary = f"{trips(parts.scan)} × ({counted(batchable(parts)) or 'views'}) → 1"
+    return replacing(pass_name, summary, parts.scan, lambda b: Distribution(parts, b).run())
+
+
+def replacing(
+    pass_name: str, summary: str, scan: Node, make: Callable[[Builder], Sequence[Node]]
+) -> Rewrite:
+    """The rewrite of a scan to what `make` makes: its final carries, then its stacked outputs."""
     results = tuple(scan.users)
 
     def build(builder: Builder) -> Sequence[Node]:
-        made = Distribution(parts, builder).run()
+        made = make(builder)
         return [made[cast(int, result.args[1])] for result in results]
 
-    summary = f"{trips(scan)} × ({counted(batchable(parts)) or 'views'}) → 1"
     return Rewrite(pass_name, summary, source_line(scan), scan, results, build,
                    supersedes=(scan,))
 

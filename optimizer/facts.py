@@ -20,6 +20,8 @@ aten = torch.ops.aten
 SCAN = torch.ops.higher_order.scan
 # what these see depends on how their tensor lies in memory
 PHYSICAL = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
+READS = (aten.select.int, aten.slice.Tensor)
+WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
 SUPERSEDED = "superseded"  # marks a random operation that others run instead
 LARGEST_CONSTANT = 1 << 22  # elements of an index table that is evaluated while optimizing
 

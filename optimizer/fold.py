@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .affine import progression
-from .facts import aten, is_op, is_random, is_region_marker, is_tensor, value
+from .facts import READS, WRITES, aten, is_op, is_random, is_region_marker, is_tensor, value
 from .reads import Link
 
 
@@ -226,7 +226,7 @@ def fold(operations: Sequence[Node], period: int) -> Loop:
 def _find_read(loop: Loop, place: int) -> None:
     """A `select` or `slice` of an outer value, or of such a read, at a place that varies."""
     node = loop.stretch.operations[place]
-    if not is_op(node, aten.select.int, aten.slice.Tensor):
+    if not is_op(node, *READS):
         return
     base, axis, *where = loop.sources[place]
     if not isinstance(axis, Constant):
@@ -336,7 +336,7 @@ def _is_private(loop: Loop, place: int, read: int, total: int) -> bool:
 
 def _is_scatter(loop: Loop, place: int) -> bool:
     node = loop.stretch.operations[place]
-    return is_op(node, aten.select_scatter.default, aten.slice_scatter.default)
+    return is_op(node, *WRITES)
 
 
 def _only_written(loop: Loop, chain: Sequence[int]) -> bool:

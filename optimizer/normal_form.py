@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from .builder import Builder, exact_result, fake_result, placeholders
 from .facts import (
+    READS,
+    WRITES,
     aten,
     has_body,
     is_op,
@@ -32,8 +34,6 @@ from .facts import (
     value,
 )
 
-READS = (aten.select.int, aten.slice.Tensor)
-WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, duplicate
-from .distribute import Split, reached_by_carries
-from .facts import argument, aten, is_op, shape, source_line
+from .distribute import Split, reached_by_carries, replacing
+from .facts import argument, aten, is_op, shape
 from .normal_form import remove_dead
 from .rewrite import Rewrite
 
@@ -70,16 +70,12 @@ def separable(parts: Split) -> list[Product]:
 
 def separation(pass_name: str, parts: Split, products: Sequence[Product]) -> Rewrite:
     """The rewrite of a scan whose body has separable products, in the name of a pass."""
-    scan, results = parts.scan, tuple(parts.scan.users)
-
-    def build(builder: Builder) -> Sequence[Node]:
-        body = _separated(parts, products, builder.mode)
-        made = builder.scan(body, *cast(Any, scan.args[1:]))
-        return [made[cast(int, result.args[1])] for result in results]
+    def make(build: Builder) -> Sequence[Node]:
+        body = _separated(parts, products, build.mode)
+        return build.scan(body, *cast(Any, parts.scan.args[1:]))
 
     summary = f"{len(products)} × product of a concatenation → a sum of products"
-    return Rewrite(pass_name, summary, source_line(scan), scan, results, build,
-                   supersedes=(scan,))
+    return replacing(pass_name, summary, parts.scan, make)
 
 
 def _separated(parts: Split, products: Sequence[Product], mode: FakeTensorMode) -> GraphModule:

@@ -6,7 +6,6 @@ What is batched then needs the memory of one slab. (Strip-mining: Allen and Kenn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,21 +13,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from .builder import Builder, output_node
-from .distribute import TAKEN_APART
-from .facts import aten, body_of, shape, source_line, trips, value
+from .distribute import TAKEN_APART, replacing
+from .facts import aten, body_of, shape, trips, value
 from .rewrite import Rewrite
 
 
 def in_slabs(pass_name: str, scan: Node, size: int) -> Rewrite:
     """The rewrite that runs `scan`, of more than `size` steps, in slabs of so many."""
-    results = tuple(scan.users)
-
-    def build(builder: Builder) -> Sequence[Node]:
-        made = _slabs(builder, scan, size)
-        return [made[cast(int, result.args[1])] for result in results]
-
-    return Rewrite(pass_name, f"{trips(scan)} steps → slabs of {size}", source_line(scan), scan,
-                   results, build, supersedes=(scan,))
+    return replacing(pass_name, f"{trips(scan)} steps → slabs of {size}", scan,
+                     lambda b: _slabs(b, scan, size))
 
 
 def _slabs(build: Builder, scan: Node, size: int) -> list[Node]:

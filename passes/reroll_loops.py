@@ -35,6 +35,8 @@ from ..optimizer.assemble import build_scan
 from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import (
+    READS,
+    WRITES,
     Facts,
     Line,
     aten,
@@ -47,22 +49,13 @@ from ..optimizer.facts import (
     source_line,
     trips,
 )
-from ..optimizer.fold import (
-    NEVER,
-    WITH_TENSOR,
-    Loop,
-    Misfit,
-    Stretch,
-    Varying,
-    fold,
-)
+from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
 
 PLACED = (
-    aten.select.int, aten.slice.Tensor, aten.select_scatter.default, aten.slice_scatter.default,
-    *WITH_TENSOR,
+    *READS, *WRITES, *WITH_TENSOR,
 )  # operations whose numbers may differ from trip to trip
 
 
@@ -94,22 +87,22 @@ class RerollLoops:
             run = runs[0]
             if not any(worth_folding(n) for n in run[: repeat.period]) or is_made(run):
                 continue
-            line = first_line(run)
-            inputs = {source for node in run for source in node.all_input_nodes}
-            if inputs & folded or needed.intersection(run):
-                continue  # a loop of this round reads the other: next round, when that is folded
             found = self._loops(runs, repeat.period)
             if isinstance(found, Misfit):
                 if worth_telling(run, repeat.period):
                     reason = f"a loop of {repeat.trips} trips: {found.reason}"
                     told.update(source_line(n) for n in run)
-                    yield Skip(self.name, reason, source_line(found.node) or line)
+                    yield Skip(self.name, reason, source_line(found.node) or first_line(run))
                 continue
-            taken.append(span)
-            folded.update(run)
-            needed |= inputs
             for loop in found:
-                yield self._rewrite(loop, first_line(loop.stretch.operations))
+                inside = loop.stretch.operations
+                inputs = {source for node in inside for source in node.all_input_nodes}
+                if inputs & folded or needed.intersection(inside):
+                    continue  # one loop of this round reads another: next round, when it is folded
+                taken.append(span)
+                folded.update(inside)
+                needed |= inputs
+                yield self._rewrite(loop, first_line(inside))
         if taken:
             return  # what else there is may read what these loops replace
         collected = list(self._collections(facts))
@@ -293,17 +286,14 @@ def loses(loop: Loop) -> str:
     `a·x + b·y + c·z` is no loop over (a, x), (b, y), (c, z), and the query, key and value
     projections of one input are none over their weights.
     """
-    body = range(loop.stretch.period)
-    stacked = {s.items for place in body for s in loop.sources[place]
-               if isinstance(s, Varying) and isinstance(s.items[0], Node)}
+    varying = [s for sources in loop.sources for s in sources if isinstance(s, Varying)]
+    stacked = {s.items for s in varying if isinstance(s.items[0], Node)}
     work = [n for n in loop.stretch.operations[: loop.stretch.period] if worth_folding(n)]
     cheap = all(isinstance(n.target, OpOverload) and Tag.pointwise in n.target.tags for n in work)
     if cheap and len(work) <= len(stacked):
         return "its steps read values that would have to be stacked, at the cost of what they " \
             "compute"
-    sources = [s for place in body for s in loop.sources[place]]
-    varies = loop.reads or any(isinstance(s, Varying) for s in sources)
-    if not varies and len(work) == 1 and loop.trips < LOOKS_REPEATED:
+    if not loop.reads and not varying and len(work) == 1 and loop.trips < LOOKS_REPEATED:
         return "it repeats one operation a few times, which a loop would not make faster"
     copied = sum(bytes_of(n) for items in stacked for n in items if n.meta.get("state"))
     made = [n for n in loop.stretch.operations if worth_folding(n) and is_tensor(n)]

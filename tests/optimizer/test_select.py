@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import looplift
 import pytest
 import torch
-from looplift.optimizer import select
+from looplift.optimizer import apply, select
 from looplift.optimizer.builder import Builder
+from looplift.optimizer.capture import capture
 from looplift.optimizer.facts import Facts, aten, is_op, source_line
 from looplift.optimizer.measure import Comparison, Timing
 from looplift.optimizer.rewrite import Rewrite, Skip
@@ -62,6 +63,7 @@ def other_shape(build: Builder, node: Node) -> Node:
 
 
 def raises(build: Builder, node: Node) -> Node:
+    build.call(aten.neg.default, build.call(aten.exp.default, node.args[0]))
     raise RuntimeError("not today")
 
 
@@ -91,6 +93,18 @@ def test_a_pass_that_breaks_is_declined(
     told = optimized(Change(make), measure=False)
     assert any(reason in d["reason"] for d in told["declined"])
     assert told["rewrites"]
+
+
+@pytest.mark.parametrize("make", [other_shape, raises])
+def test_what_fails_leaves_the_graph_as_it_was(make: Callable[[Builder, Node], Node]) -> None:
+    captured = capture(Loop(), (torch.randn(2, 5, 3),))
+    graph_module = captured.graph_module
+    before = list(graph_module.graph.nodes)
+    [rewrite] = Change(make).propose(Facts(graph_module))
+    assert isinstance(rewrite, Rewrite)
+    with pytest.raises((RuntimeError, apply.ContractError)):
+        apply._carry_out(graph_module, rewrite, captured.fake_mode)
+    assert list(graph_module.graph.nodes) == before
 
 
 def timed(ratios: Mapping[str, float]) -> Callable[..., Comparison]:

@@ -606,3 +606,20 @@ def few_sums(m: Any, x: Tensor) -> Tensor:
 def test_a_few_equal_operations_are_no_loop(run: Any) -> None:
     outcome = run(Model(few_sums), (torch.randn(2, 6, 4),), [RerollLoops()])
     assert outcome.applied == []
+
+
+def goes_on(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two loops with a weight each; the second goes on from the first one's state."""
+    h, outputs = x.new_zeros(x.shape[0], 4), []
+    for linear in (m.a, m.b):
+        for t in range(x.shape[1]):
+            h = torch.tanh(linear(x[:, t]) + h)
+            outputs.append(h)
+    return torch.stack(outputs, 1), h
+
+
+def test_a_loop_that_goes_on_from_the_one_right_before_it(run: Any, equal: Any) -> None:
+    model, inputs = Model(goes_on), (torch.randn(2, 7, 4, requires_grad=True),)
+    scans = [a.summary for a in run(model, inputs).applied if a.summary.endswith("→ one scan")]
+    assert len(scans) == 2
+    equal(model, inputs)
