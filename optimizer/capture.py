@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from .apply import Seen, visible
 from .cases import copied, flat, flat_outputs
+from .constants import ConstantAnswers, as_lists
 from .facts import PHYSICAL, TORCH, is_op, source_line
 from .held import Contents
 from .normal_form import UnsupportedRegion, normalize
@@ -194,7 +195,7 @@ def capture(
         torch.autograd.Function, "apply", classmethod(_refuse_function)
     ), mock.patch.object(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: user_frames(frames)
-    ):
+    ), mock.patch.object(FunctionalTensor, "tolist", as_lists):
         try:
             with mode, enable_python_dispatcher():
                 graph_module = make_fx(
@@ -279,7 +280,7 @@ class _Trace:
         for place, leaf in zip(self.places, wrapped[held:], strict=True):
             leaves[place] = leaf
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with swapped(self.model, tensors):
+        with swapped(self.model, tensors), ConstantAnswers():
             result = self.model(*args, **kwargs)
         outputs, self.output_spec = flat_outputs(result)
         self.outputs = len(outputs)
@@ -397,7 +398,7 @@ def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSumm
     """The frames of the model's own source: without torch's and without ours."""
     own = str(__file__).rsplit("/", 1)[0]
     kept = [f for f in frames if not f.filename.startswith((TORCH, own, "<"))]
-    inside = [i for i, f in enumerate(frames) if f.filename.startswith(own)]
+    inside = [i for i, f in enumerate(frames) if f.filename == __file__]
     if inside:
         after = set(map(id, frames[inside[-1]:]))
         kept = [f for f in kept if id(f) in after]

@@ -157,12 +157,15 @@ class _Selecting:
     def _rewrite(self, also: frozenset[Group] = frozenset()) -> Outcome:
         excluded = self.excluded | also
         if (excluded, self.slab) not in self.cache:
-            self.cache[excluded, self.slab] = run_passes(
-                self.captured, self._passes(), excluded=excluded,
-                allow_approximate=self.options.allow_approximate,
-                allow_random_reorder=self.options.allow_random_reorder,
-            )
+            self.cache[excluded, self.slab] = self._run(self._passes(), excluded)
         return self.cache[excluded, self.slab]
+
+    def _run(self, passes: Sequence[Pass], excluded: frozenset[Group]) -> Outcome:
+        return run_passes(
+            self.captured, passes, excluded=excluded,
+            allow_approximate=self.options.allow_approximate,
+            allow_random_reorder=self.options.allow_random_reorder,
+        )
 
     def _passes(self) -> Sequence[Pass]:
         """The passes, those that can batch in slabs told to."""
@@ -211,9 +214,8 @@ class _Selecting:
         """The first pass, in order, with which the result differs."""
         names = list(dict.fromkeys(a.pass_name for a in outcome.applied))
         for count, name in enumerate(names[:-1], start=1):
-            later = frozenset(g for g in outcome.groups
-                              if g[0] in names[count:] and g[0] != STRUCTURAL)
-            partial = self._rewrite(later)
+            first = [p for p in self._passes() if p.name in (*names[:count], STRUCTURAL)]
+            partial = self._run(first, self.excluded)
             if isinstance(self._verify(partial), Differs):
                 return name
         return names[-1] if names[-1] != STRUCTURAL or len(names) == 1 else names[-2]

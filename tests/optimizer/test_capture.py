@@ -319,6 +319,39 @@ def test_batch_norm_counts_as_many_calls() -> None:
     assert model.norm.num_batches_tracked == 3
 
 
+# What is asked of tensors that no input reaches has one answer
+
+
+def increasing(m: Any, x: Tensor) -> Any:
+    times = torch.arange(x.shape[1]).to(x) / 4
+    assert (times[1:] > times[:-1]).all()
+    return x * times.max().item() + times.tolist()[1] + int(times[2] * 8)
+
+
+def default_mask(m: Any, x: Tensor) -> Tensor:
+    mask = torch.ones_like(x, dtype=torch.bool)
+    if mask.all():
+        x = x + 1
+    mask[0] = False
+    return x * 1000 if mask.all() else x * 3
+
+
+def chosen_places(m: Any, x: Tensor) -> Any:
+    table = torch.linspace(0, 1, x.shape[1], dtype=torch.float64)
+    places = torch.nonzero(table > 0.3)[:, 0]
+    places.sub_(1)
+    kinds, counts = torch.unique(torch.tensor([1, 2, 2, 3]), return_counts=True)
+    return x[:, places] + (kinds * counts).sum() + table[table > 0.5].sum()
+
+
+@pytest.mark.parametrize("run", [increasing, default_mask, chosen_places])
+def test_values_that_no_input_reaches_are_known(run: Run) -> None:
+    program = Program(run, {})
+    captured = capture(program, (ROWS,))
+    for x in (ROWS, -ROWS):
+        assert_close(captured.graph_module(x), [program(x)], rtol=0, atol=0)
+
+
 # What is refused: the report says where and why, and the original runs
 
 
@@ -360,6 +393,12 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
     "int": (lambda m, x: x * int(x[0, 0]), VALUE, "int(x[0, 0])"),
     "a shape from data": (lambda m, x: x[x > 0], "output shape depends on the data", "x[x > 0]"),
     "numpy": (lambda m, x: x * torch.from_numpy(x.numpy()), ".numpy() is not supported", "x.numpy"),
+    "a buffer's value": (lambda m, x: x if m.count > 0 else -x, VALUE, "m.count > 0"),
+    "a random value": (lambda m, x: x if torch.rand(2).sum() > 3 else -x, VALUE, "torch.rand(2)"),
+    "the value of memory not written to": (
+        lambda m, x: x if x.new_empty(2).sum() > torch.inf else -x, VALUE, "x.new_empty(2)"),
+    "a mask of an input": (
+        lambda m, x: x[torch.ones_like(x) * x > 0], "output shape depends on the data", ""),
     "an attribute": (counts_calls, "forward assigns the attribute 'calls'", ""),
     "a new buffer": (replaces_a_buffer, "forward assigns the attribute 'count'", ""),
     "a parameter written to": (writes_a_parameter, "forward writes to the parameter 'weight'", ""),

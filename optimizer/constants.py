@@ -1,0 +1,150 @@
+"""What forward asks of tensors that no input and no state reaches, answered while it is traced.
+
+`assert (t[1:] > t[:-1]).all()` on a table, `if mask.all()` on a default mask and `n.item()` of a
+counter have the same answer at every call with inputs of these sizes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .facts import LARGEST_CONSTANT, aten, is_pure
+
+UNANSWERABLE = (
+    DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+)
+LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+
+
+class Unknown(Exception):
+    """A value depends on an input, on the model's state or on random numbers."""
+
+
+class ConstantAnswers(TorchFunctionMode):
+    """Under a trace: what fails for want of values is computed from those of constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[Node, Any] = {}
+        self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except UNANSWERABLE as error:
+            try:
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                nodes = self._nodes(leaves)
+                # a thread of its own has none of the trace's modes
+                with ThreadPoolExecutor(1) as apart:
+                    answer = apart.submit(self._answer, func, leaves, spec, nodes).result()
+                return pytree.tree_map_only(Tensor, aten.lift_fresh_copy.default, answer)
+            except Unknown:
+                raise error from None
+
+    def _nodes(self, leaves: Sequence[Any]) -> dict[int, Node]:
+        """The nodes that the traced tensors among `leaves` stand for, by their places."""
+        mode = get_proxy_mode()
+        if mode is None or not isinstance(mode.tracer, PythonKeyTracer):
+            raise Unknown
+        self.root = mode.tracer.root
+        found = {}
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, FunctionalTensor):
+                torch._sync(leaf)  # type: ignore[attr-defined, no-untyped-call]
+                plain = torch._from_functional_tensor(leaf.elem)
+                proxy = get_proxy_slot(plain, mode.tracer, None)
+                if proxy is None:
+                    raise Unknown
+                found[place] = proxy.proxy.node
+            elif isinstance(leaf, Tensor):
+                raise Unknown
+        return found
+
+    @torch.no_grad()
+    def _answer(
+        self, func: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec,
+        nodes: dict[int, Node],
+    ) -> Any:
+        for place, node in nodes.items():
+            leaves[place] = self._evaluated(node)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return func(*args, **kwargs)
+
+    def _evaluated(self, node: Node) -> Any:
+        """The value of `node`, from those of all that it is computed from."""
+        todo = [node]
+        while todo:
+            one = todo[-1]
+            sources = [] if one in self.known else _sources(one)
+            if missing := [source for source in sources if source not in self.known]:
+                todo += missing
+                continue
+            todo.pop()
+            if one not in self.known:
+                self.known[one] = self._computed(one)
+        return self.known[node]
+
+    def _computed(self, node: Node) -> Any:
+        if node.op == "get_attr":
+            held = getattr(self.root, str(node.target))
+            if type(held) is Tensor and not held.requires_grad:
+                return held
+        is_known = isinstance(node.target, torch._ops.OpOverload) and is_pure(node)
+        if "empty" in str(node.target) or not (is_known or node.target is operator.getitem):
+            raise Unknown
+        known = _sources(node)
+        values = {n: self.known[n] if n in known else _blank(n) for n in node.all_input_nodes}
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        seen = node.meta.get("val")
+        if any(t.numel() > LARGEST_CONSTANT for t in _tensors(seen)):
+            raise Unknown
+        made = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        if [(t.shape, t.dtype) for t in _tensors(made)] != [
+            (t.shape, t.dtype) for t in _tensors(seen)
+        ]:
+            raise Unknown
+        return made
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _sources(node: Node) -> list[Node]:
+    """The nodes of whose numbers `node` is made: of some only size, dtype and device matter."""
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    if name in LIKE_FIRST:
+        return []
+    return [n for n in node.all_input_nodes if name not in LIKE_SECOND or n is node.args[0]]
+
+
+def _blank(node: Node) -> Tensor:
+    seen = node.meta["val"]
+    return torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
+
+
+def as_lists(tensor: Tensor) -> Any:
+    """`tensor.tolist()` by way of `item`, for tensors of which a trace knows no value."""
+    return [as_lists(part) for part in tensor] if tensor.dim() else tensor.item()
