@@ -32,6 +32,7 @@ def apply_passes(
     tolerance: float | None = None,
     memory_budget: float = 1.25,
     seed: int = 0,
+    dynamic_shapes: Any = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> OptimizedModule:
     """The same model, faster: rewritten, verified, measured, and without what does not pay.
@@ -49,11 +50,14 @@ def apply_passes(
     tolerance: the relative difference allowed between float64 results, 1e-9 if None.
     memory_budget: the result's peak memory over the model's, at most; in inference, what would pass
         it is batched in slabs of steps.
+    dynamic_shapes: the input axes that may have any size, as torch.export takes them:
+        `{"x": {1: Dim("T", min=2)}}`. One program is made for all sizes where there is one;
+        for the lengths of long loops that is tried anyway.
     seed: of the inputs that verification draws and of the order of measurements.
 
     Raises TypeError for a model that is no module or is optimized or compiled already, and
-    ValueError for an unknown mode. If the model cannot be captured, the result runs the
-    original, and its report names the line and the reason.
+    ValueError for an unknown mode or for `dynamic_shapes` that don't fit. If the model cannot be
+    captured, the result runs the original, and its report names the line and the reason.
     """
     if isinstance(model, OptimizedModule):
         raise TypeError("the model is a looplift module already; optimize its `.original`")
@@ -68,7 +72,7 @@ def apply_passes(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     options = Options(
         tuple(passes), mode, allow_approximate, allow_random_reorder, verify, measure, tolerance,
-        memory_budget, seed,
+        memory_budget, seed, dynamic_shapes,
     )
     optimized = OptimizedModule(model, options, progress)
     if args is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,10 @@ def optimize(
         show_default=False, help="Write the report as an HTML page.")] = None,
     code: Annotated[Path | None, typer.Option(
         show_default=False, help="Write the rewritten model's Python source.")] = None,
+    dynamic: Annotated[list[str] | None, typer.Option(
+        "--dynamic", metavar="ARG:AXIS=NAME", show_default=False,
+        help="An input axis that may have any size, as in x:1=T; several may share a name.",
+    )] = None,
     size: Size = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -118,7 +123,8 @@ def optimize(
         try_once(model, args, kwargs)
         fast = apply_passes(
             model, args, kwargs, passes=passes, mode=mode, allow_approximate=allow_approximate,
-            measure=not no_measure, seed=seed, progress=step,
+            measure=not no_measure, seed=seed, dynamic_shapes=dynamic_shapes(dynamic or []),
+            progress=step,
         )
         columns = with_compile(fast, args, kwargs, mode, step) if compiled else ()
     if not quiet:
@@ -206,6 +212,23 @@ def chosen_passes(only: list[str], skip: list[str]) -> tuple[Pass, ...]:
             raise BadInput(f"there is no pass {name!r}; the passes are {', '.join(known)}")
     return tuple(p for p in ORDER if p.name not in skip
                  and (not only or p.name in only or p.name == known[-1]))
+
+
+def dynamic_shapes(named: list[str]) -> dict[str, dict[int, Any]] | None:
+    """`x:1=T` as torch.export has it: `{"x": {1: Dim("T")}}`."""
+    from torch.export import Dim
+
+    from .loading import BadInput
+
+    shapes: dict[str, dict[int, Any]] = {}
+    dims: dict[str, Any] = {}
+    for text in named:
+        match = re.fullmatch(r"(\w+):(-?\d+)=([A-Za-z_]\w*)", text)
+        if match is None:
+            raise BadInput(f"--dynamic takes ARG:AXIS=NAME, as in x:1=T, not {text!r}")
+        name, axis, dim = match.groups()
+        shapes.setdefault(name, {})[int(axis)] = dims.setdefault(dim, Dim(dim))
+    return shapes or None
 
 
 def prepare(threads: int | None, mode: str, seed: int) -> None:
@@ -314,8 +337,8 @@ def errors_explained() -> Iterator[None]:
         yield
     except BadInput as error:
         fail(str(error), BAD_INPUT)
-    except TypeError as error:
-        if "optimize" not in str(error):
+    except (TypeError, ValueError) as error:
+        if "optimize" not in str(error) and "dynamic_shapes" not in str(error):
             raise
         fail(str(error), BAD_INPUT)
 

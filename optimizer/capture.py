@@ -91,6 +91,8 @@ class Capture:
     constants: dict[int, Any]
     seen: tuple[Seen, ...]
     fake_mode: FakeTensorMode
+    size: int  # operations that were traced
+    rolled: bool = False  # whether the loops in the graph are folded already
     begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
 
 
@@ -216,7 +218,7 @@ def capture(
     _refuse_constants(graph_module)
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
-        trace.same_as, trace.constants, seen, mode,
+        trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
     )
 
 
@@ -303,28 +305,35 @@ def _aliases(one: FunctionalTensor, other: FunctionalTensor) -> bool:
     return bool(one.elem.untyped_storage()._cdata == other.elem.untyped_storage()._cdata)
 
 
+def run_on_copies(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], restore: bool = True
+) -> None:
+    """One call on copies of the inputs, the parameters and the buffers.
+
+    Without `restore`, what lists, tables and objects of the model hold stays as it is left.
+    """
+    leaves, spec = flat(args, kwargs)
+    positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
+    state = {id(s.get()): s.get().detach().clone().requires_grad_(s.get().requires_grad)
+             for s in model_state(model)}
+    with swapped(model, state, strict=False, restore=restore):
+        model(*positional, **named)
+
+
 def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Run the model for real, on copies, so that caches it fills hold no fake tensors.
 
     What forward stores in lists, tables and objects of the model stays there if it is a cache:
     a second call leaves it alone, and it holds nothing that parameters gave a gradient.
     """
-    def call() -> None:
-        leaves, spec = flat(args, kwargs)
-        positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
-        state = {id(s.get()): s.get().detach().clone().requires_grad_(s.get().requires_grad)
-                 for s in model_state(model)}
-        with swapped(model, state, strict=False, restore=False):
-            model(*positional, **named)
-
     modules = list(underlying(model).modules())
     before = Contents(modules)
     try:
-        call()
+        run_on_copies(model, args, kwargs, restore=False)
         if before.changed() is not None:
             filled = Contents(modules)
             grads = any(t.requires_grad for t in before.new_tensors())
-            call()
+            run_on_copies(model, args, kwargs, restore=False)
             if grads or filled.changed() is not None:
                 before.put_back()
     except Exception as error:

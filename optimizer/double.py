@@ -20,6 +20,8 @@ def doubled(tensor: Tensor) -> Tensor:
     return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
 
 
+PLAIN = (int, float, bool, complex, str, type(None), torch.device, torch.layout,
+         torch.memory_format)
 LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
@@ -37,7 +39,11 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if not kwargs and not any(map(_may_be_narrow, args)) and func not in LIFTED:
+            result = func(*args)  # most operations of a loop: no tree is walked for them
+            return doubled(result) if isinstance(result, Tensor) and not func.is_view else result
+        kwargs = dict(kwargs)
         if kwargs.get("dtype") in WIDER:
             kwargs["dtype"] = WIDER[kwargs["dtype"]]
         wide = pytree.tree_map_only(torch.dtype, lambda d: WIDER.get(d, d), args)
@@ -50,6 +56,15 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
             wide, kwargs = pytree.tree_map_only(Tensor, doubled, (wide, kwargs))
         result = func(*wide, **kwargs)
         return doubled(result) if isinstance(result, Tensor) and not in_place else result
+
+
+def _may_be_narrow(arg: Any) -> bool:
+    """Whether an argument is, or may hold, what is to be widened."""
+    if isinstance(arg, Tensor):
+        return arg.dtype in WIDER
+    if isinstance(arg, (list, tuple)):
+        return any(map(_may_be_narrow, arg))
+    return not isinstance(arg, PLAIN)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ from .facts import (
     shape,
     source_line,
     stacked_as,
-    trips,
 )
+from .formula import Symbolic
 
 INDENT = "    "
 LARGE = 1 << 16  # bytes: when locals of so much are used no more, they are deleted
@@ -105,7 +105,11 @@ class _Source:
         self.dead: list[Node] = []  # used no more, not deleted yet
 
     def function(self, name: str) -> str:
+        lengths = self.graph_module.meta.get("lengths", {})
+        self.taken |= set(lengths)
         heads = [self._name(n) for n in placeholders(self.graph_module)]
+        self.lines += [f"{INDENT}{name} = {heads[place]}.shape[{axis}]"
+                       for name, (place, axis) in lengths.items()]
         self._block(self.graph_module, INDENT)
         self.lines.append(f"{INDENT}return {self._text(output_node(self.graph_module).args[0])}")
         signature = _wrapped(f"def {name}(", heads, "):")
@@ -126,7 +130,9 @@ class _Source:
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 held = _attribute(graph_module, str(node.target))
-                if isinstance(held, torch.Tensor):
+                if ramp := graph_module.meta.get("tables", {}).get(id(held)):
+                    self.lines.append(f"{indent}{self._name(node)} = {ramp.source}")
+                elif isinstance(held, torch.Tensor):
                     self.globals[self._name(node)] = held
             elif node.op == "call_function" and not _folded(node):
                 self._where(node, indent)
@@ -174,7 +180,7 @@ class _Source:
         steps = [self._name(head) for head in heads[held : held + read]]
         sources = [self._unbound(s) for s in slices]
         if read == 1 and _only_counts(slices[0]):
-            self.lines.append(f"{indent}for _ in range({trips(node)}):")
+            self.lines.append(f"{indent}for _ in range({self._text(slices[0].args[0])}):")
         elif read == 1:
             self.lines.append(f"{indent}for {steps[0]} in {sources[0]}:")
         else:
@@ -273,14 +279,14 @@ class _Source:
 
 def _operand(leaf: Any, text: str) -> str:
     negative = isinstance(leaf, (int, float)) and leaf < 0
-    return f"({text})" if negative else text
+    return f"({text})" if negative or isinstance(leaf, Symbolic) else text
 
 
 def _slice_text(node: Node) -> str:
     _, axis, start, stop, step = cast(tuple[Node, int, int, int, int], node.args)
     source = cast(Node, node.args[0])
-    begin = str(start) if start else ""
-    end = str(stop) if stop < shape(source)[axis] else ""
+    begin = str(start) if start or isinstance(start, Symbolic) else ""
+    end = str(stop) if stop < shape(source)[axis] or isinstance(stop, Symbolic) else ""
     stride = f":{step}" if step != 1 else ""
     return f"{':, ' * axis}{begin}:{end}{stride}"
 

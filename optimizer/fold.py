@@ -381,10 +381,10 @@ def _check_arguments(loop: Loop, place: int) -> None:
 def _check_varying(column: list[Node], source: Varying, slot: int, late: bool) -> None:
     node = column[0]
     if isinstance(source.items[0], Node):
+        changes = [i for i, pair in enumerate(itertools.pairwise(source.items), start=1)
+                   if pair[0] is not pair[1]]
+        shared = len(set(source.items)) < len(source.items)
         if any(n.meta.get("state") for n in source.items):
-            changes = [i for i, pair in enumerate(itertools.pairwise(source.items), start=1)
-                       if pair[0] is not pair[1]]
-            shared = len(set(source.items)) < len(source.items)
             if late:
                 raise Misfit("each trip uses parameters of its own, and the result of the one "
                              "before", node, changes[0] if shared else 0)
@@ -396,7 +396,8 @@ def _check_varying(column: list[Node], source: Varying, slot: int, late: bool) -
         first, *others = (value(n) for n in source.items)
         if any((o.shape, o.dtype, o.device) != (first.shape, first.dtype, first.device)
                for o in others):
-            raise Misfit("what each trip reads from before the loop has another shape", node)
+            raise Misfit("what each trip reads from before the loop has another shape", node,
+                         changes[0] if shared else 0)
         return
     if any(not isinstance(item, (int, float)) for item in source.items):
         raise Misfit("an option of the operation varies from trip to trip", node)

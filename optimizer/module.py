@@ -16,6 +16,10 @@ from torch.utils import _pytree as pytree
 from .apply import ContractError
 from .capture import CaptureError, capture
 from .cases import copied
+from .every_length import optimize_family
+from .general import NotOneProgram
+from .lengths import Family, Free, family, found_lengths, given_lengths
+from .pipeline import Allowed
 from .report import (
     ModeReport,
     Report,
@@ -54,7 +58,8 @@ class OptimizedModule(nn.Module):
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, rewritten=None, warned=False, watched=Watched(original),
+            specialized={}, any_length={}, families=[], rewritten=None, warned=False,
+            watched=Watched(original),
         )
 
     original: nn.Module
@@ -62,6 +67,8 @@ class OptimizedModule(nn.Module):
     progress: Callable[[str], None]
     report: Report
     specialized: dict[Hashable, Callable[..., Any]]
+    any_length: dict[Hashable, Callable[..., Any]]  # by the signature at a family's first length
+    families: list[Family]
     watched: Watched
     rewritten: Rewritten | None
     warned: bool
@@ -69,9 +76,9 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = flatten(args, kwargs)
         key = self._signature(leaves, structure)
-        run = self.specialized.get(key)
+        run = self.specialized.get(key) or self._at_other_length(key, leaves, structure)
         if run is None:
-            if len(self.specialized) >= MOST_SIGNATURES:
+            if len(self.report.signatures) >= MOST_SIGNATURES:
                 self._warn_once()
                 return self.original(*args, **kwargs)
             mode = "training" if torch.is_grad_enabled() else "inference"
@@ -88,35 +95,100 @@ class OptimizedModule(nn.Module):
         _, structure = flatten(tuple(args), kwargs)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         done: list[ModeReport] = []
-        failure, start = None, time.perf_counter()
+        failure, told, start = None, None, time.perf_counter()
+        named = self.options.dynamic_shapes
+        frees = [] if named is None else given_lengths(self.original, args, kwargs, named)
         for mode in modes:
-            with torch.set_grad_enabled(mode == "training"):
-                self.specialized[self._signature(leaves, structure)] = self.original
+            self._keep(leaves, structure, mode, self.original)
         try:
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
-                args, kwargs = pytree.tree_unflatten(list(copied(tuple(leaves))), spec)
-                self.progress("capturing")
-                captured = capture(self.original, args, kwargs)
+                own = list(copied(tuple(leaves)))
+                told = self._optimize_lengths(own, spec, structure, modes, frees, done)
                 seconds = time.perf_counter() - start
-                cache: Cache = {}
-                for mode in modes:
-                    selection = select(self.original, captured, args, kwargs, self.options, mode,
-                                       self.progress, cache)
-                    with torch.set_grad_enabled(mode == "training"):
-                        self.specialized[self._signature(leaves, structure)] = selection.module
-                    if selection.rewritten is not None:
-                        vars(self)["rewritten"] = selection.rewritten
-                    done.append(mode_report(selection))
+                if not self._covered(leaves, structure, modes):
+                    self._optimize_length(own, spec, structure, modes, done)
         except (CaptureError, ContractError) as error:
             failure = str(error)
         except Exception as error:
             log.exception("looplift failed on %s; the original runs", type(self.original).__name__)
             failure = f"internal error, {type(error).__name__}: {error}"
-        if failure is not None:
-            seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - sum(mode.seconds for mode in done)
         self.report.signatures.append(SignatureReport(
-            described_inputs(leaves), self.original.training, seconds, failure, tuple(done)
+            described_inputs(leaves), self.original.training, seconds, failure, tuple(done), told
         ))
+
+    def _optimize_length(
+        self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str],
+        done: list[ModeReport],
+    ) -> None:
+        """A trace of these inputs at their full length, for calls of this signature."""
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        self.progress("capturing")
+        captured = capture(self.original, args, kwargs)
+        cache: Cache = {}
+        for mode in modes:
+            selection = select(self.original, captured, args, kwargs, self.options, mode,
+                               self.progress, cache)
+            self._keep(leaves, structure, mode, selection.module)
+            done.append(mode_report(selection))
+
+    def _optimize_lengths(
+        self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str],
+        frees: Sequence[Free], done: list[ModeReport],
+    ) -> str | None:
+        """Short traces, for calls of all lengths; what is known of these, if they may vary."""
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        named = bool(frees)
+        frees = frees or found_lengths(self.original, args, kwargs)
+        if not frees or not self.options.passes:
+            return None
+        self.progress("capturing at short lengths")
+        allowed = Allowed(self.options.allow_approximate, self.options.allow_random_reorder)
+        try:
+            found = family(self.original, args, kwargs, frees, self.options.passes[:1], allowed,
+                           shorter=not named)
+            found, made = optimize_family(self.original, found, leaves, spec, self.options, modes,
+                                          self.progress)
+        except NotOneProgram as error:
+            return f"known at this length alone: {error}"
+        short = found.resized(leaves, found.first)
+        for mode, general in made.items():
+            self._keep(short, structure, mode, general.module, any_length=True)
+            done.append(mode_report(general.selection))
+        self.families.append(found)
+        return str(found)
+
+    def _covered(self, leaves: list[Any], structure: Hashable, modes: Sequence[str]) -> bool:
+        """Whether a program for all lengths runs these inputs, in each of `modes`."""
+        runs = []
+        for mode in modes:
+            with torch.set_grad_enabled(mode == "training"):
+                key = self._signature(leaves, structure)
+                runs.append(self._at_other_length(key, leaves, structure))
+        return None not in runs
+
+    def _at_other_length(
+        self, key: Hashable, leaves: list[Any], structure: Hashable
+    ) -> Callable[..., Any] | None:
+        """What runs inputs of another length, if their program is known; then kept by `key`."""
+        for found in self.families:
+            if found.takes(leaves):
+                short = found.resized(leaves, found.first)
+                run = self.any_length.get(self._signature(short, structure))
+                if run is not None:
+                    self.specialized[key] = run
+                    return run
+        return None
+
+    def _keep(
+        self, leaves: Sequence[Any], structure: Hashable, mode: str, module: nn.Module,
+        any_length: bool = False,
+    ) -> None:
+        with torch.set_grad_enabled(mode == "training"):
+            runs = self.any_length if any_length else self.specialized
+            runs[self._signature(leaves, structure)] = module
+        if isinstance(module, Rewritten):
+            vars(self)["rewritten"] = module
 
     def _signature(self, leaves: Sequence[Any], structure: Hashable) -> Hashable:
         return call_signature(leaves, structure), self.watched.version()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch.fx import GraphModule
 
@@ -63,19 +64,26 @@ def run_passes(
 ) -> Outcome:
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
     passes, allowed = tuple(passes), Allowed(allow_approximate, allow_random_reorder)
-    own = frozenset(g for g in excluded if passes and g[0] == passes[0].name)
-    first = (passes[:1], allowed, own)
-    if first not in captured.begun:  # the whole unrolled graph is worked on once
-        outcome = Outcome(duplicate(captured.graph_module))
-        _run(outcome, captured, passes[:1], excluded, allowed)
-        captured.begun[first] = outcome
-    begun = captured.begun[first]
-    outcome = Outcome(duplicate(begun.graph_module), list(begun.applied), list(begun.skips))
+    first = begun(captured, passes[:1], excluded, allowed)
+    outcome = Outcome(duplicate(first.graph_module), list(first.applied), list(first.skips))
     _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
     restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)
     join_reads(outcome.graph_module, captured.fake_mode)
     return outcome
+
+
+def begun(
+    captured: Capture, passes: tuple[Pass, ...], excluded: frozenset[Group], allowed: Allowed
+) -> Outcome:
+    """What the first of all passes makes of the whole unrolled graph, which it sees once."""
+    own = frozenset(g for g in excluded if passes and g[0] == passes[0].name)
+    key = (passes, allowed, own)
+    if key not in captured.begun:
+        outcome = Outcome(duplicate(captured.graph_module))
+        _run(outcome, captured, passes, excluded, allowed)
+        captured.begun[key] = outcome
+    return cast(Outcome, captured.begun[key])
 
 
 def _run(

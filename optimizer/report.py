@@ -51,6 +51,7 @@ class SignatureReport:
     capture_seconds: float
     failure: str | None = None
     modes: tuple[ModeReport, ...] = ()
+    lengths: str | None = None  # at which the program is known, or why at this one alone
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Report:
             "options": self.options,
             "captures": [
                 {"inputs": list(s.inputs), "training": s.training, "failure": s.failure,
-                 "seconds": s.capture_seconds}
+                 "seconds": s.capture_seconds, "lengths": s.lengths}
                 for s in self.signatures
             ],
             "rewrites": [{"mode": m.mode, "inputs": list(s.inputs), **asdict(r)}

@@ -48,6 +48,7 @@ class Options:
     tolerance: float | None = None
     memory_budget: float = 1.25
     seed: int = 0
+    dynamic_shapes: Any = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Selection:
     comparison: Comparison | None = None
     nodes: tuple[int, int] = (0, 0)
     seconds: float = 0.0
+    excluded: frozenset[Group] = frozenset()
+    slab: int | None = None  # steps that passes batch at a time
 
 
 Cache = dict[tuple[frozenset[Group], int | None], Outcome]
@@ -101,6 +104,28 @@ def select(
     return _Selecting(model, captured, args, kwargs, options, mode, progress, cache).run()
 
 
+def again(captured: Capture, options: Options, selection: Selection) -> Outcome:
+    """The rewrites of a selection on another capture of the same model."""
+    passes = _in_slabs_of(selection.slab, options.passes)
+    return _run(captured, options, passes, selection.excluded)
+
+
+def _run(
+    captured: Capture, options: Options, passes: Sequence[Pass], excluded: frozenset[Group]
+) -> Outcome:
+    return run_passes(
+        captured, passes, excluded=excluded, allow_approximate=options.allow_approximate,
+        allow_random_reorder=options.allow_random_reorder,
+    )
+
+
+def _in_slabs_of(slab: int | None, passes: Sequence[Pass]) -> Sequence[Pass]:
+    """The passes, those that can batch in slabs told to."""
+    if slab is None:
+        return passes
+    return [replace(cast(Any, p), slab=slab) if hasattr(p, "slab") else p for p in passes]
+
+
 class _Selecting:
     def __init__(
         self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
@@ -109,13 +134,13 @@ class _Selecting:
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
         self.options, self.mode, self.progress, self.cache = options, mode, progress, cache
         self.excluded: frozenset[Group] = frozenset()
-        self.slab: int | None = None  # steps that passes batch at a time
+        self.slab: int | None = None
         self.declined: list[Declined] = []
         self.worth: dict[Group, float] = {}
 
     def run(self) -> Selection:
         start = time.perf_counter()
-        size = len(self.captured.graph_module.graph.nodes)
+        size = self.captured.size
         if (raised := self._naive_exception()) is not None:
             reason = f"the original itself raises in {self.mode}: {raised}"
             return self._nothing([Declined("all passes", "?", reason)], size, start)
@@ -135,6 +160,7 @@ class _Selecting:
         return Selection(
             self.mode, rewritten, rewritten, kept, self.declined, verdict, comparison,
             (size, len(outcome.graph_module.graph.nodes)), time.perf_counter() - start,
+            self.excluded, self.slab,
         )
 
     def _naive_exception(self) -> str | None:
@@ -161,18 +187,10 @@ class _Selecting:
         return self.cache[excluded, self.slab]
 
     def _run(self, passes: Sequence[Pass], excluded: frozenset[Group]) -> Outcome:
-        return run_passes(
-            self.captured, passes, excluded=excluded,
-            allow_approximate=self.options.allow_approximate,
-            allow_random_reorder=self.options.allow_random_reorder,
-        )
+        return _run(self.captured, self.options, passes, excluded)
 
     def _passes(self) -> Sequence[Pass]:
-        """The passes, those that can batch in slabs told to."""
-        if self.slab is None:
-            return self.options.passes
-        return [replace(cast(Any, p), slab=self.slab) if hasattr(p, "slab") else p
-                for p in self.options.passes]
+        return _in_slabs_of(self.slab, self.options.passes)
 
     def _module(self, outcome: Outcome) -> Rewritten:
         return Rewritten(self.model, self.captured, outcome.graph_module)
@@ -313,9 +331,10 @@ class _Selecting:
 
     def _bundles(self, outcome: Outcome) -> dict[str, list[Group]]:
         """Groups to try leaving out together, by a name to show."""
-        large = len(self.captured.graph_module.graph.nodes) > LARGE
+        large = self.captured.size > LARGE
+        fixed = {STRUCTURAL, *(p.name for p in self.options.passes[:1] if self.captured.rolled)}
         groups = [g for g in outcome.groups
-                  if g[0] != STRUCTURAL and not (large and "scan" in outcome.summary(g))]
+                  if g[0] not in fixed and not (large and "scan" in outcome.summary(g))]
         if len(groups) <= MOST_GROUPS:
             return {f"{name} at {where}": [(name, where)] for name, where in groups}
         return {name: [g for g in groups if g[0] == name] for name, _ in groups}

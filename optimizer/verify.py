@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .behaviour import Observation, difference, observe
 from .capture import State, model_state, swapped
-from .cases import FIRST, Case, Leaves, cases, copied, flat, odd_values
+from .cases import FIRST, Case, Leaves, as_they_are, cases, copied, flat, odd_values
 from .double import WIDER, doubled, in_double
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
 from .verdict import Differs, Equal
@@ -57,6 +57,17 @@ def verify(
     modes = ("inference", "training") if mode == "both" else (mode,)
     with torch.random.fork_rng(), torch.inference_mode(False):
         return comparison.run(modes, seconds)
+
+
+def verify_once(
+    a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, mode: str,
+    tolerance: float | None = None, approximate: bool = False,
+) -> Differs | None:
+    """`verify` on the given inputs alone, in float64 alone: how `b` differs, or None."""
+    allowed = APPROXIMATE if approximate else SAME_FUNCTION
+    comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate)
+    with torch.random.fork_rng(), torch.inference_mode(False):
+        return comparison.once(mode == "training")
 
 
 @dataclass
@@ -115,6 +126,20 @@ class _Comparison:
             self._note_errors(truth, theirs, ours)
         return found
 
+    def once(self, training: bool) -> Differs | None:
+        """The given inputs alone, in float64, or in the caller's dtype where there is none."""
+        case = Case(FIRST, self.inputs, as_they_are, self.seed)
+        for double in (True, False):
+            theirs, ours = (self._observe(m, case, training, double, again=False)
+                            for m in (self.a, self.b))
+            if theirs.exception is None:
+                break
+        self.doubles = double
+        found = self._behaves(case, training, theirs, ours)
+        if found is None and double:
+            found = self._same_function(case, training, theirs, ours)
+        return found
+
     def _equal(self, modes: Sequence[str]) -> Equal:
         grade = "exact" if self.exact else "same function" if self.doubles else "tested"
         if self.approximate and not self.exact:
@@ -136,11 +161,13 @@ class _Comparison:
         worst = self.worst if self.doubles else self.error
         return Equal(grade, self.count, worst, self.error, self.naive_error, tuple(unproven))
 
-    def _observe(self, model: nn.Module, case: Case, training: bool, double: bool) -> Observation:
+    def _observe(
+        self, model: nn.Module, case: Case, training: bool, double: bool, again: bool = True
+    ) -> Observation:
         convert = doubled if double else _unchanged
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
-        again = case.name == FIRST and not training
+        again = again and case.name == FIRST and not training
         dtypes = {t.dtype for t in (*case.inputs, *map(State.get, model_state(self.a)))
                   if isinstance(t, Tensor) and t.dtype in WIDER and t.is_floating_point()}
         narrow = dtypes.pop() if len(dtypes) == 1 else None

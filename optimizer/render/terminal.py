@@ -40,6 +40,8 @@ def _signature(model: str, signature: SignatureReport) -> Iterator[RenderableTyp
     title = Text.assemble((model, "bold"), f"({', '.join(signature.inputs)}), {state} state")
     title.append(f", captured in {signature.capture_seconds:.1f} s", "dim")
     yield title
+    if signature.lengths is not None:
+        yield Text(signature.lengths, "dim")
     if signature.failure is not None:
         yield Text.assemble(("not captured, the original runs: ", "bold red"), signature.failure)
     for mode in signature.modes:

@@ -623,3 +623,22 @@ def test_a_loop_that_goes_on_from_the_one_right_before_it(run: Any, equal: Any) 
     scans = [a.summary for a in run(model, inputs).applied if a.summary.endswith("→ one scan")]
     assert len(scans) == 2
     equal(model, inputs)
+
+
+def encodes_and_decodes(m: Any, inputs: Any) -> Tensor:
+    """Two loops over inputs of two lengths; the second goes on from the first one's state."""
+    x, y = inputs
+    h, outputs = x.new_zeros(x.shape[0], 4), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(x[:, t]) + h)
+    for t in range(y.shape[1]):
+        h = torch.tanh(m.b(y[:, t]) + h)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def test_loops_over_two_lengths(run: Any, equal: Any) -> None:
+    model, inputs = Model(encodes_and_decodes), ([torch.randn(2, 11, 4), torch.randn(2, 7, 4)],)
+    scans = [a.summary for a in run(model, inputs).applied if a.summary.endswith("→ one scan")]
+    assert len(scans) == 2
+    equal(model, inputs)

@@ -1,0 +1,341 @@
+"""One program for every length: what is found, what it serves, and what prevents it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from looplift import OptimizedModule, apply_passes
+from looplift.models import alternating_patches, dilated_attention, eigenstate
+from looplift.optimizer import lengths
+from looplift.optimizer.formula import Samples, Symbolic
+from looplift.optimizer.lengths import found_lengths
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.testing import assert_close
+
+Run = Callable[..., Any]
+WIDTH = 3
+
+
+class Model(nn.Module):
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.places = nn.Parameter(torch.randn(600, WIDTH))
+        self.run = run
+        self.double()  # in which long sums have no rounding to speak of
+
+    def forward(self, x: Tensor, *others: Tensor) -> Any:
+        return self.run(self, x, *others)
+
+
+def long(*sizes: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    return tuple(torch.randn(2, size, WIDTH, dtype=torch.float64) for size in sizes or (400,))
+
+
+def optimized(model: nn.Module, *inputs: Any, **options: Any) -> OptimizedModule:
+    return apply_passes(model, inputs, measure=False, **options)
+
+
+def told(fast: OptimizedModule) -> str:
+    return str(fast.report.signatures[0].lengths)
+
+
+def same(fast: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
+    """Values, strides and gradients are the model's, with gradients and without."""
+    results = []
+    for run in (model, fast):
+        given = [i.clone().requires_grad_() for i in inputs]
+        outputs = torch.utils._pytree.tree_leaves(run(*given))
+        wanted = [*given, *(p for p in model.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad([o.sin().sum() for o in outputs], wanted, allow_unused=True)
+        with torch.no_grad():
+            plain = torch.utils._pytree.tree_leaves(run(*inputs))
+        results.append((outputs, grads, plain, [o.stride() for o in plain]))
+    assert_close(results[1], results[0], rtol=1e-8, atol=1e-8)
+
+
+def serves(fast: OptimizedModule, model: nn.Module, *calls: tuple[Tensor, ...]) -> None:
+    """The calls run one program, without a trace of any of them."""
+    with mock.patch.object(lengths, "capture", side_effect=AssertionError("traced")), \
+            mock.patch("looplift.optimizer.module.capture", side_effect=AssertionError("traced")):
+        for inputs in calls:
+            same(fast, model, *inputs)
+    assert len(fast.report.signatures) == 1
+
+
+# Formulas
+
+
+@pytest.mark.parametrize(("numbers", "at_100"), [
+    ([9, 10, 12], 99), ([20, 22, 26], 200), ([5, 5, 5], 5), ([-10, -11, -13], -100),
+])
+def test_numbers_of_three_lengths_give_a_line(numbers: list[int], at_100: int) -> None:
+    formula = Samples(["T"], [(10,), (11,), (13,)]).formula(numbers)
+    assert formula == at_100 if isinstance(formula, int) else formula.at((100,)) == at_100
+
+
+def test_numbers_on_no_line_have_no_formula_until_a_fourth_shows_a_square() -> None:
+    assert Samples(["T"], [(10,), (11,), (13,)]).formula([45, 55, 78]) is None
+    formula = Samples(["T"], [(10,), (11,), (13,), (14,)]).formula([45, 55, 78, 91])
+    assert formula.at((100,)) == 4950
+    assert eval(str(formula), {"T": 100}) == 4950
+    assert Samples(["T"], [(10,), (11,), (13,), (14,)]).formula([45, 55, 78, 92]) is None
+
+
+def test_a_formula_says_where_it_gives_no_integer() -> None:
+    half = Samples(["T"], [(10,), (12,), (16,)]).formula([5, 6, 8])
+    assert half.at((100,)) == 50
+    with pytest.raises(ValueError, match="no integer"):
+        half.at((101,))
+
+
+def test_two_lengths_have_products() -> None:
+    samples = Samples(["T", "S"], [(10, 17), (11, 17), (10, 18), (11, 18), (13, 20)])
+    assert samples.formula([170, 187, 180, 198, 260]).at((5, 7)) == 35
+    assert str(samples.formula([27, 28, 28, 29, 33])) == "S + T"
+
+
+def test_a_symbolic_number_counts_as_itself_and_reads_as_its_formula() -> None:
+    formula = Samples(["T"], [(10,), (11,), (13,)]).formula([19, 21, 25])
+    number = Symbolic(19, formula)
+    assert number + 1 == 20
+    assert f"{number}" == repr(number) == "2*T - 1"
+
+
+# What serves every length
+
+
+def recurrent(m: Any, x: Tensor) -> Any:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(x[:, t]) + m.b(h))
+        outputs.append(h)
+    return {"all": torch.stack(outputs, 1), "last": h}
+
+
+def backwards_in_place(m: Any, x: Tensor) -> Tensor:
+    out, h = torch.zeros_like(x), x[:, -1]
+    for t in reversed(range(x.shape[1])):
+        h = torch.sigmoid(m.a(x[:, t]) + h)
+        out[:, t] = h
+    return out
+
+
+def with_positions(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, t]) * (t + 1) + t / x.shape[1] for t in range(x.shape[1])], 1)
+
+
+def windows(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, 2 * t : 2 * t + 4]).sum(1)
+                        for t in range((x.shape[1] - 4) // 2 + 1)], 1)
+
+
+def all_pairs(m: Any, x: Tensor) -> Tensor:
+    outputs = [torch.tanh(m.a(x[:, t])) for t in range(x.shape[1])]
+    states = torch.stack(outputs, 1)
+    return (states @ states.mT).reshape(x.shape[0], -1)
+
+
+def with_own_positions(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, t] + m.places[t]) for t in range(x.shape[1])], 1)
+
+
+@pytest.mark.parametrize(("run", "others", "first"), [
+    (recurrent, (1, 2, 7, 64, 501), "T from 1,"),
+    (backwards_in_place, (2, 7, 64, 501), "T from 2,"),
+    (with_positions, (1, 2, 3, 64, 501), "T from 1,"),
+    (windows, (12, 64, 502), "in steps of 2"),
+    (all_pairs, (1, 2, 64, 101), "T from 1,"),
+    (with_own_positions, (1, 2, 64, 501), "T from 1,"),
+])
+def test_one_program_serves_all_lengths(run: Run, others: tuple[int, ...], first: str) -> None:
+    model = Model(run)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long())
+    assert first in told(fast)
+    serves(fast, model, *(long(n) for n in others), long())
+    assert fast.code.count("\n") < 60
+
+
+@pytest.mark.parametrize(("module", "length", "others"), [
+    (eigenstate, 96, (1, 2, 11, 131)),
+    (alternating_patches, 480, (60, 240, 600)),
+    (dilated_attention, 144, (360, 144 * 5)),
+])
+def test_the_models_of_the_stories(module: Any, length: int, others: tuple[int, ...]) -> None:
+    def inputs(length: int) -> tuple[Tensor, ...]:
+        return tuple(i.double() for i in module.example_inputs("tiny", length))
+
+    model = module.model("tiny").double()
+    fast = optimized(model, *inputs(length), dynamic_shapes=({1: Dim("T")},))
+    assert told(fast).startswith("one program for T from")
+    serves(fast, model, *map(inputs, others))
+
+
+def two_loops(m: Any, x: Tensor, y: Tensor) -> Any:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(x[:, t]) + h)
+    for t in range(y.shape[1]):
+        h = torch.tanh(m.b(y[:, t]) + h)
+        outputs.append(h)
+    return torch.stack(outputs, 1), x @ y.mT
+
+
+def test_two_lengths_of_their_own() -> None:
+    model = Model(two_loops)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long(150, 120))
+    assert told(fast).startswith("one program for T from 10 and S from 17")
+    serves(fast, model, long(11, 80), long(90, 21), long(40, 40))
+
+
+def test_the_source_is_the_same_however_long_the_loop() -> None:
+    model = Model(recurrent)
+    with mock.patch.object(lengths, "MANY", 200):
+        sources = {optimized(model, *long(n), mode="inference").code for n in (300, 1200)}
+    assert len(sources) == 1
+
+
+def test_other_strides_and_dtypes_are_other_programs() -> None:
+    model = Model(recurrent)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long())
+        [x] = long(64)
+        same(fast, model, x)
+        assert len(fast.report.signatures) == 1
+        same(fast, model, x[:, ::2])
+        assert len(fast.report.signatures) > 1
+
+
+# What is known at one length alone
+
+
+def triangular(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, : t + 1].mean(1)) for t in range(x.shape[1])], 1)
+
+
+def scheduled(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, t]) * 0.99**t for t in range(x.shape[1])], 1)
+
+
+def irregular(m: Any, x: Tensor) -> Tensor:
+    outputs, t = [], 0
+    while t < x.shape[1]:
+        outputs.append(m.a(x[:, t]))
+        t += 1 + (t % 5 == 2)
+    return torch.stack(outputs, 1)
+
+
+def erratic(m: Any, x: Tensor) -> Tensor:
+    for _ in range(x.shape[1] ** 2 % 101 + 100):
+        x = torch.tanh(m.a(x))
+    return x + sum(m.b(x[:, t : t + 1]) for t in range(x.shape[1]))
+
+
+def only_at_its_length(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.a(x[:, t]) for t in range(x.shape[1])], 1) + m.places[:400]
+
+
+def by_number_of_steps(m: Any, x: Tensor) -> Tensor:
+    """Another weight for long inputs: equal at all the lengths that are short."""
+    weight = m.a if x.shape[1] < 300 else m.b
+    return torch.stack([weight(x[:, t]) for t in range(x.shape[1])], 1)
+
+
+@pytest.mark.parametrize(("run", "reason"), [
+    (triangular, "it does other operations at other lengths"),
+    (scheduled, "a table of numbers at test_lengths.py"),
+    (irregular, "a table of numbers at test_lengths.py"),
+    (erratic, "the number of operations follows no simple rule in the length"),
+    (by_number_of_steps, "at length 400: differs in output 0"),
+])
+def test_what_prevents_it_is_told(run: Run, reason: str) -> None:
+    model = Model(run)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long())
+    assert told(fast).startswith("known at this length alone")
+    assert reason in told(fast)
+    same(fast, model, *long())
+    assert reason in str(fast.report)
+
+
+def test_a_length_that_cannot_vary_is_not_looked_for() -> None:
+    model = Model(only_at_its_length)
+    with mock.patch.object(lengths, "MANY", 300):
+        assert found_lengths(model, long(), {}) == []
+
+
+def test_short_loops_are_traced_whole() -> None:
+    assert found_lengths(Model(recurrent), long(50), {}) == []
+    assert [free.name for free in found_lengths(Model(recurrent), long(), {})] == ["T"]
+
+
+def iterations(m: Any, x: Tensor) -> Tensor:
+    for _ in range(40):
+        x = torch.tanh(m.a(x) + x)
+    return x
+
+
+def test_lengths_of_hyper_parameters_stay() -> None:
+    with mock.patch.object(lengths, "MANY", 50):
+        assert found_lengths(Model(iterations), long(), {}) == []
+
+
+# Lengths that the caller names
+
+
+@pytest.mark.parametrize("shapes", [
+    {"x": {1: Dim("steps", min=2)}}, {"x": (None, Dim("steps", min=2), None)},
+    ({1: Dim("steps", min=2)},),
+{"x": {-2: Dim("steps", min=2)}},
+])
+def test_dynamic_shapes_in_torch_exports_convention(shapes: Any) -> None:
+    class Named(Model):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return recurrent(self, x)
+
+    model = Named(recurrent)
+    fast = optimized(model, *long(6), dynamic_shapes=shapes)
+    assert told(fast).startswith("one program for steps from 2,")
+    serves(fast, model, *(long(n) for n in (2, 3, 6, 64)))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        steps = [torch.tanh(x[:, t]) * y["y"][:, 2 * t] for t in range(x.shape[1])]
+        return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("dims", [
+    (Dim("T"), 2 * Dim("T")), (Dim.AUTO, Dim.DYNAMIC),
+])
+def test_lengths_that_follow_others(dims: tuple[Any, Any]) -> None:
+    x, y = torch.randn(2, 8, 3), {"y": torch.randn(2, 16, 3)}
+    fast = optimized(Pair(), x, y, dynamic_shapes={"x": {1: dims[0]}, "y": {"y": {1: dims[1]}}})
+    if dims[0] is Dim.AUTO:  # two lengths of their own: the model can't run at any two
+        assert told(fast).startswith("known at this length alone")
+    else:
+        assert told(fast).startswith("one program for T from 1,")
+        longer = torch.randn(2, 50, 3), {"y": torch.randn(2, 100, 3)}
+        assert_close(fast(*longer), Pair()(*longer))
+        assert len(fast.report.signatures) == 1
+
+
+@pytest.mark.parametrize(("shapes", "message"), [
+    ({"z": {1: Dim("T")}}, "dynamic_shapes names z, no arguments of forward, which has x, y"),
+    ({"x": {3: Dim("T")}}, "dynamic_shapes names axis 3 of x, which has 3"),
+    ({"x": {1: 2 * Dim("T")}}, "no input has the length T itself"),
+    ({"y": {1: Dim("T"), 2: None}}, "dynamic_shapes of y does not look like what is given"),
+])
+def test_dynamic_shapes_that_do_not_fit(shapes: Any, message: str) -> None:
+    x, y = torch.randn(2, 8, 3), {"y": torch.randn(2, 16, 3)}
+    with pytest.raises(ValueError, match=message):
+        optimized(Pair(), x, y, dynamic_shapes=shapes)
