@@ -8,10 +8,12 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, cast
 from unittest import mock
 
@@ -31,6 +33,7 @@ from .facts import PHYSICAL, TORCH, is_op, source_line
 from .held import Contents
 from .normal_form import UnsupportedRegion, normalize
 
+OWN = str(__file__).rsplit("/", 1)[0]
 PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
 TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
 
@@ -196,8 +199,10 @@ def capture(
     with TRACING, mock.patch.object(
         torch.autograd.Function, "apply", classmethod(_refuse_function)
     ), mock.patch.object(
-        PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: user_frames(frames)
-    ), mock.patch.object(FunctionalTensor, "tolist", as_lists):
+        PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
+    ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
+        FunctionalTensor, "tolist", as_lists
+    ):
         try:
             with mode, enable_python_dispatcher():
                 graph_module = make_fx(
@@ -405,13 +410,30 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
 
 def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
     """The frames of the model's own source: without torch's and without ours."""
-    own = str(__file__).rsplit("/", 1)[0]
-    kept = [f for f in frames if not f.filename.startswith((TORCH, own, "<"))]
+    kept = [f for f in frames if not f.filename.startswith((TORCH, OWN, "<"))]
     inside = [i for i, f in enumerate(frames) if f.filename == __file__]
     if inside:
         after = set(map(id, frames[inside[-1]:]))
         kept = [f for f in kept if id(f) in after]
     return traceback.StackSummary.from_list(kept)
+
+
+class _UserStack:
+    """In place of torch's recorder of stacks: the model's own frames alone, which are few."""
+
+    extract = staticmethod(lambda: _UserStack)
+
+    @staticmethod
+    def summary() -> traceback.StackSummary:
+        found: list[traceback.FrameSummary] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != __file__:
+            code = frame.f_code
+            if not code.co_filename.startswith((TORCH, OWN, "<")):
+                found.append(traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name,
+                                                    lookup_line=False))
+            frame = frame.f_back
+        return traceback.StackSummary.from_list(reversed(found))
 
 
 def _explained(error: Exception) -> CaptureError:

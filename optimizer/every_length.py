@@ -37,11 +37,12 @@ class General:
 def optimize_family(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
     options: Options, modes: Sequence[str], progress: Callable[[str], None],
-) -> tuple[Family, dict[str, General]]:
+) -> tuple[Family, dict[str, General], str]:
     """Choose rewrites at lengths at which the model runs quickly; carry them to every length.
 
-    The family that is returned begins at the shortest length that they are right at. Raises
-    `NotOneProgram` where the result differs from the model at a longer one.
+    The third result says at which. The family that is returned begins at the shortest length that
+    they are right at. Raises `NotOneProgram` where the result differs from the model at a longer
+    one.
     """
     wanted = tuple(n for free in found.frees if (n := free.of(leaves)) is not None)
     chosen_at = measuring_lengths(model, found, leaves, spec, wanted)
@@ -65,7 +66,7 @@ def optimize_family(
         made[mode] = General(selection, module, least)
     if len(found.first) == 1:
         found = replace(found, first=(max(general.least for general in made.values()),))
-    return found, made
+    return found, made, f"chosen at {_named(chosen_at)}"
 
 
 def measuring_lengths(
@@ -119,7 +120,8 @@ def at_every_length(
         untraced = tuple(first + 2 * step for first, step in zip(found.first, steps, strict=True))
         beyond = tuple(n + 5 * step for n, step in zip(chosen_at, steps, strict=True))
         _verified(model, made, found, leaves, spec, selection, options,
-                  [untraced, beyond, *_up_to(wanted, beyond, found)])
+                  [untraced, beyond,
+                   *_up_to(wanted, beyond, found, selection.mode == "training")])
     return made
 
 
@@ -127,23 +129,27 @@ def _verified(
     model: nn.Module, made: Rewritten, found: Family, leaves: Sequence[Any],
     spec: pytree.TreeSpec, selection: Selection, options: Options, todo: Sequence[Lengths],
 ) -> None:
-    """Compare at each of the lengths; gradients as far as the model's own are quick enough."""
-    mode, seconds, before = selection.mode, 0.0, todo[0]
+    """Compare at each of the lengths: gradients, and float64, as far as they are quick enough."""
+    mode, double, seconds, before = selection.mode, True, 0.0, todo[0]
+    unproven = []
     for lengths in todo:
+        growth = prod(n / m for n, m in zip(lengths, before, strict=True))
         # a model's own backward may take the square of the length
-        growth = prod(n / m for n, m in zip(lengths, before, strict=True)) ** 2
-        if mode == "training" and seconds * growth > SLOW:
+        if mode == "training" and seconds * growth**2 > SLOW:
             mode = "inference"
-            if isinstance(selection.verdict, Equal):
-                unproven = f"gradients at lengths beyond {_named(before)}"
-                selection.verdict = replace(
-                    selection.verdict, unproven=(*selection.verdict.unproven, unproven))
+            unproven.append(f"gradients at lengths beyond {_named(before)}")
+        if mode == "inference" and double and seconds * growth > SLOW:
+            double = False
+            unproven.append(f"equality in float64 at lengths beyond {_named(before)}")
         start = time.perf_counter()
         differs = _differs(model, made, found.resized(leaves, lengths), spec, selection, options,
-                           mode)
+                           mode, double)
         if differs is not None:
             raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
         seconds, before = time.perf_counter() - start, lengths
+    if isinstance(selection.verdict, Equal):
+        selection.verdict = replace(selection.verdict,
+                                    unproven=(*selection.verdict.unproven, *unproven))
 
 
 def _shortest(
@@ -152,7 +158,9 @@ def _shortest(
 ) -> int:
     """The shortest length down to which the module is right at each, although none was traced."""
     [least, *others], [step, *_] = found.first, found.steps
-    while not others and options.verify and least - step >= max(1, found.frees[0].least):
+    end = time.perf_counter() + SLOW
+    while (not others and options.verify and time.perf_counter() < end
+           and least - step >= max(1, found.frees[0].least)):
         shorter = found.resized(leaves, (least - step,))
         if _differs(model, made, shorter, spec, selection, options, selection.mode) is not None:
             break
@@ -162,17 +170,19 @@ def _shortest(
 
 def _differs(
     model: nn.Module, made: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec,
-    selection: Selection, options: Options, mode: str,
+    selection: Selection, options: Options, mode: str, double: bool = True,
 ) -> Differs | None:
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     approximate = any(k.applied.approximate for k in selection.kept)
     return verify_once(model, made, args, kwargs, mode=mode, tolerance=options.tolerance,
-                       approximate=approximate)
+                       approximate=approximate, double=double)
 
 
-def _up_to(wanted: Lengths, begin: Lengths, found: Family) -> Iterator[Lengths]:
-    """Lengths up to `wanted`, each about four times the one before."""
-    while max(w / n for w, n in zip(wanted, begin, strict=True)) > 4:
+def _up_to(
+    wanted: Lengths, begin: Lengths, found: Family, training: bool
+) -> Iterator[Lengths]:
+    """`wanted`; in training lengths on the way to it, each about four times the one before."""
+    while training and max(w / n for w, n in zip(wanted, begin, strict=True)) > 4:
         begin = tuple(
             min(w, first + (4 * n - first) // step * step)
             for w, n, first, step in zip(wanted, begin, found.first, found.steps, strict=True)

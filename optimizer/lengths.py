@@ -29,7 +29,8 @@ from .rewrite import Pass, Skip
 MANY = 1500  # operations of a loop: with fewer, a full trace takes no longer than short ones
 SHORT = 24  # a size below this is no length that is worth shortening
 SHORTEST = 10  # the least length that is traced: fewer trips might not be told from none
-STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 36, 48, 64, 72, 96, 128)  # that lengths are multiples of
+# what traced lengths may be apart
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 36, 48, 64, 72, 96, 128, 256, 512)
 NAMES = ("T", "S")  # of the lengths that are found
 TRIES = 3  # programs are compared with this many of the steps
 
@@ -204,18 +205,22 @@ def found_lengths(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
     found = []
     for size, places in sizes.items():
         free = Free("", tuple(places))
-        for part in (8, 4, 2):
-            half, whole = (
-                operations(model, resized(leaves, [free], (size // by,)), spec)
-                for by in (2 * part, part)
-            )
-            if half is not None and whole is not None:
-                if (whole - half) * 2 * part >= MANY:
-                    found.append((half - whole, free))
+        for half in _halves(size):
+            fewer, more = (operations(model, resized(leaves, [free], (n,)), spec)
+                           for n in (half, 2 * half))
+            if fewer is not None and more is not None:
+                if (more - fewer) * size // half >= MANY:
+                    found.append((fewer - more, free))
                 break
     most = sorted(found, key=lambda each: each[0])[: len(NAMES)]
     frees = sorted((free for _, free in most), key=lambda free: free.places)
     return [replace(free, name=name) for name, free in zip(NAMES, frees, strict=False)]
+
+
+def _halves(size: int) -> list[int]:
+    """Lengths to compare with their doubles: an eighth to a quarter, of ever larger multiples."""
+    parts = [size // part // of * of for part in (16, 8, 4) for of in (1, 16, 64, 256, 1024)]
+    return sorted({n for n in parts if n})
 
 
 def family(
@@ -232,7 +237,7 @@ def family(
     if any(_order(leaves[place]) is None for free in frees for place, _, _ in free.places):
         raise NotOneProgram("an input has gaps or overlaps in memory")
     reason = NotOneProgram("the number of operations follows no simple rule in the length")
-    choices = zip(*(list(_short_lengths(model, leaves, spec, frees, k, shorter))
+    choices = zip(*(_short_lengths(model, leaves, spec, frees, k, shorter)
                     for k in range(len(frees))), strict=False)
     for choice in itertools.islice(choices, TRIES):
         try:

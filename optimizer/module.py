@@ -147,8 +147,8 @@ class OptimizedModule(nn.Module):
         try:
             found = family(self.original, args, kwargs, frees, self.options.passes[:1], allowed,
                            shorter=not named)
-            found, made = optimize_family(self.original, found, leaves, spec, self.options, modes,
-                                          self.progress)
+            found, made, chosen = optimize_family(
+                self.original, found, leaves, spec, self.options, modes, self.progress)
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.first)
@@ -156,7 +156,7 @@ class OptimizedModule(nn.Module):
             self._keep(short, structure, mode, general.module, any_length=True)
             done.append(mode_report(general.selection))
         self.families.append(found)
-        return str(found)
+        return f"{found}, {chosen}"
 
     def _covered(self, leaves: list[Any], structure: Hashable, modes: Sequence[str]) -> bool:
         """Whether a program for all lengths runs these inputs, in each of `modes`."""

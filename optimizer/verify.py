@@ -61,13 +61,16 @@ def verify(
 
 def verify_once(
     a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, mode: str,
-    tolerance: float | None = None, approximate: bool = False,
+    tolerance: float | None = None, approximate: bool = False, double: bool = True,
 ) -> Differs | None:
-    """`verify` on the given inputs alone, in float64 alone: how `b` differs, or None."""
+    """`verify` on the given inputs alone, in float64 alone: how `b` differs, or None.
+
+    Without `double` in the caller's dtype, up to its rounding.
+    """
     allowed = APPROXIMATE if approximate else SAME_FUNCTION
     comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate)
     with torch.random.fork_rng(), torch.inference_mode(False):
-        return comparison.once(mode == "training")
+        return comparison.once(mode == "training", double)
 
 
 @dataclass
@@ -126,10 +129,10 @@ class _Comparison:
             self._note_errors(truth, theirs, ours)
         return found
 
-    def once(self, training: bool) -> Differs | None:
+    def once(self, training: bool, wide: bool) -> Differs | None:
         """The given inputs alone, in float64, or in the caller's dtype where there is none."""
         case = Case(FIRST, self.inputs, as_they_are, self.seed)
-        for double in (True, False):
+        for double in (True, False) if wide else (False,):
             theirs, ours = (self._observe(m, case, training, double, again=False)
                             for m in (self.a, self.b))
             if theirs.exception is None:

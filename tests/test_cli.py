@@ -177,6 +177,10 @@ def model(): return DistributedDataParallel(Loop())
         "'f31[2]' describes no input; write dtype[sizes]", "bf16", '"i64[4,128]<50257"')),
     "a bound for floats": (LOOP, ("@", "--inputs", "f32[2]<7"), 2, (
         "'f32[2]<7': an upper bound is for integers",)),
+    "no dynamic axis": (GOOD, ("@", "--dynamic", "x=T"), 2, (
+        "--dynamic takes ARG:AXIS=NAME, as in x:1=T, not 'x=T'",)),
+    "a dynamic argument that is not there": (GOOD, ("@", "--dynamic", "z:1=T"), 2, (
+        "dynamic_shapes names z, no arguments of forward, which has x",)),
     "an unwritable report": (GOOD, ("@", "--json", "/no/such/folder/report.json"), 2, (
         "/no/such/folder/report.json can't be written: No such file or directory",)),
     "a folder for a report": (GOOD, ("@", "--json", "."), 2, ("can't be written: Is a directory",)),
@@ -340,6 +344,14 @@ def test_pass_and_skip(run: Run, file: Path) -> None:
     assert "vectorize-patches" not in applied("--skip", "vectorize-patches")
     assert applied("--pass", "reroll-loops") == {"reroll-loops", "lower-scans"}
     assert applied("--pass", "lower-einops", "--skip", "lower-einops") == set()
+
+
+def test_dynamic(run: Run, file: Path) -> None:
+    code = file.with_name("fast.py")
+    result = run(GOOD, "@", *FAST, "--dynamic", "x:1=steps", "--code", str(code))
+    assert result.exit_code == 0, result.output
+    assert "one program for steps from 1" in result.stdout
+    assert "steps = input_0.shape[1]" in code.read_text()
 
 
 def test_several_inputs(run: Run) -> None:
