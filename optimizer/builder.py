@@ -129,13 +129,14 @@ class Builder:
         invariants; it returns the next carries, then this step's outputs.
         """
         attribute = self.attribute("body", body)
-        return self._results(SCAN, attribute, list(carries), list(slices), list(invariants))
+        return self.several(SCAN, attribute, list(carries), list(slices), list(invariants))
 
     def loop(self, scan: Node, last: Sequence[int]) -> list[Node]:
         """A plain loop in place of `scan`; of the results in `last` the last step's alone."""
-        return self._results(plain_loop, *scan.args, *([list(last)] if last else []))
+        return self.several(plain_loop, *scan.args, *([list(last)] if last else []))
 
-    def _results(self, target: Any, *args: Any) -> list[Node]:
+    def several(self, target: Any, *args: Any) -> list[Node]:
+        """One operation, by its several results."""
         node = self.call(target, *args)
         return [self.call(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
 

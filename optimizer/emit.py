@@ -11,6 +11,7 @@ import keyword
 import linecache
 import operator
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, cast
@@ -89,6 +90,13 @@ def compiled(graph_module: GraphModule) -> tuple[Callable[..., Any], str]:
     return cast(Callable[..., Any], scope["forward"]), source
 
 
+def sourced(graph_module: GraphModule, name: str) -> tuple[str, list[str]]:
+    """The source of a function without comments, and the global names that it needs."""
+    writer = _Source(graph_module)
+    lines = writer.function(name).splitlines(True)
+    return "".join(line for line in lines if not line.lstrip().startswith("#")), [*writer.globals]
+
+
 _NUMBERS = count()
 
 
@@ -139,6 +147,8 @@ class _Source:
                 self.dead += last.get(node, [])
                 if has_body(node):
                     self._loop(node, indent)
+                elif node.target is torch.ops.looplift.fused_scan.default:
+                    self._kernel(node, indent)
                 elif not _from_loop(node) and not _is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
                 if indent == INDENT and self._much_is_dead():
@@ -211,6 +221,15 @@ class _Source:
                 f"{indent}{self._name(target)} = torch.stack({columns[k]}, {axis})"
             )
             self.lines.append(f"{indent}del {columns[k]}")
+
+    def _kernel(self, node: Node, indent: str) -> None:
+        """A fused scan, its step written out."""
+        step = self._fresh("step")
+        text = textwrap.indent(str(node.args[0]), indent + INDENT)
+        self.lines.append(f'{indent}{step} = """\n{text}{indent}"""')
+        rest = [self._text(a) for a in node.args[1:]]
+        callee = self._callee(node.target)
+        self.lines.append(_wrapped(f"{indent}{self._name(node)} = {callee}(", [step, *rest], ")"))
 
     def _target(self, node: Node) -> str:
         """What an assignment of `node` binds: of a split, its pieces."""

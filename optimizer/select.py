@@ -28,6 +28,7 @@ from .rewritten import Rewritten
 from .verdict import Differs, NotVerified, Verdict
 from .verify import fresh_state, verify
 
+LITTLE = 1 << 20  # bytes of peak memory: what takes less may as well take so much
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 LARGE = 5000  # nodes: a graph of more is not run unrolled to see what re-rolling it is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
@@ -95,13 +96,14 @@ Progress = Callable[[str], None]
 
 def select(
     model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-    options: Options, mode: str, progress: Progress, cache: Cache,
+    options: Options, mode: str, progress: Progress, cache: Cache, little: float = LITTLE,
 ) -> Selection:
     """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
 
     `cache` keeps rewritten graphs, by what was left out and in what slabs, for the other mode.
+    A peak memory below `little` bytes counts as so many.
     """
-    return _Selecting(model, captured, args, kwargs, options, mode, progress, cache).run()
+    return _Selecting(model, captured, args, kwargs, options, mode, progress, cache, little).run()
 
 
 def again(captured: Capture, options: Options, selection: Selection) -> Outcome:
@@ -129,8 +131,9 @@ def _in_slabs_of(slab: int | None, passes: Sequence[Pass]) -> Sequence[Pass]:
 class _Selecting:
     def __init__(
         self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-        options: Options, mode: str, progress: Progress, cache: Cache,
+        options: Options, mode: str, progress: Progress, cache: Cache, little: float,
     ) -> None:
+        self.little = little
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
         self.options, self.mode, self.progress, self.cache = options, mode, progress, cache
         self.excluded: frozenset[Group] = frozenset()
@@ -275,7 +278,7 @@ class _Selecting:
             naive, ours = comparison["naive"], comparison["looplift"]
             assert naive.memory is not None
             assert ours.memory is not None
-            budget = int(self.options.memory_budget * max(naive.memory, 1 << 20))
+            budget = int(self.options.memory_budget * max(naive.memory, self.little))
             if ours.memory <= budget:
                 break
             slabbed = self._in_slabs(budget) if self.slab is None else None

@@ -9,6 +9,7 @@ from .fuse_attention import FuseAttention
 from .fuse_iterations import FuseIterations
 from .fuse_multiply_add import FuseMultiplyAdd
 from .fuse_projections import FuseProjections
+from .fuse_recurrences import FuseRecurrences
 from .lower_einops import LowerEinops
 from .lower_scans import LowerScans
 from .reroll_loops import RerollLoops
@@ -26,5 +27,6 @@ ORDER: tuple[Pass, ...] = (
     FuseIterations(),  # of batched and lowered products, before their sums are taken apart
     FuseMultiplyAdd(),  # after attention, whose mask is an addition
     ApproximateGelu(),  # one gelu over all steps, not one for each
+    FuseRecurrences(),  # of bodies that no other pass changes any more
     LowerScans(),  # last: what is still a scan runs as a loop
 )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
-from looplift.optimizer import batching
-from looplift.optimizer.facts import aten
 from looplift.tests import fuzz, opinfo
-from looplift.tests.corpus import run as corpus
-from looplift.tests.corpus.models import ENTRIES
 from looplift.tests.programs import Program, programs
+from torch import Tensor, nn
 
 
 @settings(max_examples=60, derandomize=True, deadline=None,
@@ -35,23 +33,27 @@ def test_undocumented_reasons_are_noticed() -> None:
     assert not fuzz.documented("it was too warm")
 
 
-def test_a_wrong_batching_rule_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check itself can fail: a rule that batches `roll` along the lanes is found wrong."""
-    monkeypatch.setitem(batching.RULES, aten.roll.default, batching._vmapped)
-    assert opinfo.examined((0, 40, ["roll"])).wrong
+class Scaled(nn.Module):
+    """`x`, with the rounding of numbers as large as `offset`, and scaled."""
+
+    def __init__(self, offset: float, scale: float) -> None:
+        super().__init__()
+        self.add, self.take = (nn.Parameter(torch.full((12,), offset, dtype=torch.float64))
+                               for _ in range(2))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.add - self.take) * self.scale
 
 
-@pytest.mark.parametrize("name", [e.name for e in ENTRIES if e.package is None])
-def test_loops_as_people_write_them(name: str) -> None:
-    row = corpus.examined(name, 7)
-    assert not row.failure
-    assert row.folded == row.expected
-    assert all("differs" not in reason for reason in row.declined)
-    assert all(verdict.startswith(("exact", "same function")) for verdict in row.verdicts.values())
-
-
-def test_a_corpus_row_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = corpus.run("no such model", 7, seconds=1, minutes=1, loops=1)
-    assert lost.crashed
-    assert "StopIteration" in lost.failure
-    assert corpus.cells(lost)[4] == lost.failure
+def test_random_programs_differ_by_no_more_than_rounding_explains() -> None:
+    inputs = (torch.randn(4, 12, dtype=torch.float64),)
+    exact, rounded, wrong = Scaled(0, 1), Scaled(1e9, 1), Scaled(1e9, 1 + 1e-5)
+    want = fuzz.run(rounded, inputs)
+    with pytest.raises(AssertionError):
+        fuzz.same(want, fuzz.run(exact, inputs), 1e-8)
+    fuzz.agree(rounded, exact, inputs, want, 1e-8)
+    with pytest.raises(AssertionError):
+        fuzz.agree(rounded, wrong, inputs, want, 1e-8)
+    with pytest.raises(AssertionError):
+        fuzz.agree(exact, Scaled(0, 1 + 1e-7), inputs, fuzz.run(exact, inputs), 1e-8)

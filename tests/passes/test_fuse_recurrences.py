@@ -1,0 +1,182 @@
+"""fuse-recurrences: what fires, what does not and why, and that it changes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import looplift
+import pytest
+import torch
+from looplift.passes import ORDER
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+Forward = Callable[[Any, Tensor], Any]
+STEPS = 40
+
+
+class Model(nn.Module):
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decay = nn.Parameter(torch.rand(4))
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def gated(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        gate = torch.sigmoid(m.a(x[:, t]))
+        h = gate * h + (1 - gate) * torch.tanh(m.b(x[:, t]) + m.decay * h)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def last_of_two(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two carries, an oscillator that is damped; only the end is used."""
+    p, q = x[:, 0], torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        p, q = m.decay * p - 0.1 * q + x[:, t], 0.1 * p + m.decay * q
+    return p, q
+
+
+def spiking(m: Any, x: Tensor) -> Tensor:
+    v, spikes = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        v = 0.9 * v + m.a(x[:, t])
+        spike = (v > 0.5).to(x)
+        v = torch.where(v > 0.5, v - 0.5, v)
+        spikes.append(spike + v)
+    return torch.stack(spikes)
+
+
+def backwards(m: Any, x: Tensor) -> Tensor:
+    out, h = torch.zeros_like(x), x[:, -1]
+    for t in reversed(range(x.shape[1])):
+        h = torch.where(x[:, t] > 0, h * m.decay, h) + x[:, t]
+        out[:, t] = h
+    return out
+
+
+def running_greatest(m: Any, x: Tensor) -> Tensor:
+    """A softmax on the way: sums of exponentials, kept in range by the greatest so far."""
+    top, total = torch.full_like(x[:, 0], -1e30), torch.zeros_like(x[:, 0])
+    outputs = []
+    for t in range(x.shape[1]):
+        now = torch.maximum(top, x[:, t])
+        total = total * torch.exp(top - now) + torch.exp(x[:, t] - now)
+        top = now
+        outputs.append(top + torch.log(total))
+    return torch.stack(outputs, -1)
+
+
+FORWARDS = [gated, last_of_two, spiking, backwards, running_greatest]
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_fires_with_the_same_values_and_gradients(forward: Forward) -> None:
+    model, x = Model(forward).double(), torch.randn(3, STEPS, 4, dtype=torch.float64)
+    fast = looplift.apply_passes(model, (x,), measure=False)
+    assert "fused_scan" in fast.code
+    assert "for " not in fast.code.replace("# ", "#")  # no loop is left
+    told = fast.report.to_dict()
+    assert not [d for d in told["declined"] if "differs" in d["reason"]]
+    results = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        outputs = torch.utils._pytree.tree_leaves(run(given))
+        grads = torch.autograd.grad([o.sin().sum() for o in outputs], [given, *model.parameters()],
+                                    allow_unused=True)
+        results.append((outputs, grads, [o.stride() for o in outputs]))
+    assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_source(run: Any, golden: Any) -> None:
+    golden("fuse_recurrences", run(Model(gated), (torch.randn(3, STEPS, 4),)))
+
+
+def test_keeps_the_contract(keeps_contract: Any) -> None:
+    keeps_contract(Model(gated), (torch.randn(3, STEPS, 4),))
+
+
+def products(m: Any, x: Tensor) -> Tensor:
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + x[:, t])
+    return h
+
+
+def sizes(m: Any, x: Tensor) -> Tensor:
+    h, total = x[:, 0], x[0, 0, 0]
+    for t in range(x.shape[1]):
+        h, total = torch.tanh(h + x[:, t] * total), total * 0.5
+    return h + total
+
+
+def several_dtypes(m: Any, x: Tensor) -> Tensor:
+    h = x[:, 0].double()
+    for t in range(x.shape[1]):
+        h = torch.tanh(h + x[:, t])
+    return h
+
+
+def counts(m: Any, x: Tensor) -> Tensor:
+    h = (x[:, 0] * 3).long()
+    for t in range(x.shape[1]):
+        h = (h + (x[:, t] * 3).long()) % 7
+    return h
+
+
+def remainder(m: Any, x: Tensor) -> Tensor:
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = torch.atan2(h, x[:, t])
+    return h
+
+
+def reasons(model: nn.Module, x: Tensor, *without: str) -> list[str]:
+    passes = tuple(p for p in ORDER if p.name not in without)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference", passes=passes)
+    assert "fused_scan" not in fast.code
+    return [d["reason"] for d in fast.report.to_dict()["declined"]
+            if d["pass_name"] == "fuse-recurrences"]
+
+
+@pytest.mark.parametrize(("forward", "reason"), [
+    (products, "the loop computes linear.default, which is not pointwise"),
+    (sizes, "its values have several sizes"),
+    (several_dtypes, "its values are not all of one floating dtype on the CPU"),
+    (counts, "its values are not all of one floating dtype on the CPU"),
+    (remainder, "the loop computes atan2, which the kernel has no rule for"),
+])
+def test_skips(forward: Forward, reason: str) -> None:
+    assert reason in reasons(Model(forward), torch.randn(3, STEPS, 4), "batch-timesteps")
+
+
+def test_short_loops_are_not_worth_a_kernel() -> None:
+    assert reasons(Model(gated), torch.randn(3, 8, 4)) == []
+
+
+def test_no_compiler() -> None:
+    with mock.patch("looplift.passes.fuse_recurrences.is_built", return_value=False):
+        told = reasons(Model(gated), torch.randn(3, STEPS, 4))
+    assert told == ["there is no C++ compiler that builds the kernel"]
+
+
+def test_it_can_be_left_out() -> None:
+    passes = tuple(p for p in ORDER if p.name != "fuse-recurrences")
+    fast = looplift.apply_passes(Model(gated), (torch.randn(3, STEPS, 4),), passes=passes,
+                                 measure=False, mode="inference")
+    assert "for slice_0" in fast.code
+
+
+def test_under_torch_compile() -> None:
+    model, x = Model(gated), torch.randn(3, STEPS, 4)
+    compiled = torch.compile(model, backend="looplift")
+    assert_close(compiled(x), model(x))
