@@ -65,6 +65,15 @@ def fused_scan(
     `invariants` broadcast to it. In `reverse` the last step is the first. All tensors have one
     dtype.
     """
+    return _run(step, carries, slices, invariants, outputs, reverse)
+
+
+def _run(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    outputs: int, reverse: bool, into: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """`fused_scan`; its first outputs may be written into slices that no one else reads, since
+    a step reads its slices before it writes its outputs."""
     sizes, steps = carries[0].shape, slices[0].shape[0]
     library = None
     if {(t.device.type, t.dtype) for t in (*carries, *slices, *invariants)} in KINDS:
@@ -72,7 +81,7 @@ def fused_scan(
     if library is None:
         return _plain(step, carries, slices, invariants, reverse)
     made = [torch.empty(sizes, dtype=carries[0].dtype) for _ in carries]
-    made += [carries[0].new_empty((steps, *sizes)) for _ in range(outputs)]
+    made += [*into, *(carries[0].new_empty((steps, *sizes)) for _ in range(outputs - len(into)))]
     held, read = len(carries), len(slices)
     lanes = [t.expand(sizes) for t in carries]
     lanes += [t.reshape(_padded(t, len(sizes))).expand(steps, *sizes) for t in slices]
@@ -168,11 +177,14 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
               for g in grads[held:]]
     history = fused_scan(_with_history(ctx.step, held, ctx.counts), list(carries), list(slices),
                          list(invariants), held, ctx.reverse)[held:]
-    found = fused_scan(
+    back = (
         _differentiated(ctx.step, ctx.counts, ctx.outputs),
         [*given[:held], *(torch.zeros_like(carries[0]) for _ in invariants)],
         [*history, *slices, *given[held:]], list(invariants), read, not ctx.reverse,
     )
+    # gradients of gradients, and traces, go through the operator
+    plain = not torch.is_grad_enabled() and all(type(t) is Tensor for t in (*history, *given))
+    found = _run(*back, into=history[:read]) if plain else fused_scan(*back)
     to_carries, rest = found[:held], found[held:]
     to_invariants, to_slices = rest[:fixed], rest[fixed:]
     return (
