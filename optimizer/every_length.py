@@ -22,7 +22,7 @@ from .verify import verify_once
 
 QUICK = 0.02  # seconds: choices are measured at the longest length at which a step takes no more
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
-LEAST = 64  # or at this length
+LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shortest
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def measuring_lengths(
     run()
     start = time.perf_counter()
     run()
-    more = max(1.0, QUICK / (time.perf_counter() - start))
-    more = more ** (1 / len(short))
+    more = min(max(1.0, QUICK / (time.perf_counter() - start)), MOST) ** (1 / len(short))
     chosen = tuple(
         first + int((length * more - first) // step) * step
         for length, first, step in zip(short, found.first, found.steps, strict=True)

@@ -21,7 +21,7 @@ from .loop import plain_loop
 from .pointwise import Unsupported, cpp, step_function, traced
 
 log = logging.getLogger(__name__)
-SMALL = 1 << 14  # elements: with fewer, threads cost more than they save
+SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
 KINDS = [{("cpu", dtype)} for dtype in DTYPES]
 
