@@ -147,7 +147,7 @@ class _Source:
                 self.dead += last.get(node, [])
                 if has_body(node):
                     self._loop(node, indent)
-                elif node.target is torch.ops.looplift.fused_scan.default:
+                elif _is_kernel(node):
                     self._kernel(node, indent)
                 elif not _from_loop(node) and not _is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
@@ -325,6 +325,12 @@ def _attribute(graph_module: GraphModule, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
+
+
+def _is_kernel(node: Node) -> bool:
+    """Whether `node` is a fused scan; by name, since its operator may not be registered."""
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        node.target._schema.name == "looplift::fused_scan")
 
 
 def _from_loop(node: Node) -> bool:

@@ -26,7 +26,7 @@ LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shor
 
 
 @dataclass(frozen=True)
-class General:
+class Chosen:
     """What was chosen in one mode, and the module that runs it at every length of a family."""
 
     selection: Selection
@@ -37,7 +37,7 @@ class General:
 def optimize_family(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
     options: Options, modes: Sequence[str], progress: Callable[[str], None],
-) -> tuple[Family, dict[str, General], str]:
+) -> tuple[Family, dict[str, Chosen], str]:
     """Choose rewrites at lengths at which the model runs quickly; carry them to every length.
 
     The third result says at which. The family that is returned begins at the shortest length that
@@ -65,9 +65,9 @@ def optimize_family(
             module = at_every_length(model, found, leaves, spec, selection, options, chosen_at,
                                      wanted)
             least = _shortest(model, module, found, leaves, spec, selection, options)
-        made[mode] = General(selection, module, least)
+        made[mode] = Chosen(selection, module, least)
     if len(found.first) == 1:
-        found = replace(found, first=(max(general.least for general in made.values()),))
+        found = replace(found, first=(max(choice.least for choice in made.values()),))
     return found, made, f"chosen at {_named(chosen_at)}"
 
 

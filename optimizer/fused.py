@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .emit import emit
 from .loop import plain_loop
 from .pointwise import Unsupported, cpp, step_function, traced
 
@@ -247,7 +248,5 @@ def _differentiated(step: str, counts: tuple[int, int, int], outputs: int) -> st
 
 
 def _as_step(graph_module: Any) -> str:
-    from .emit import emit
-
     graph_module.graph.eliminate_dead_code()
     return emit(graph_module, "step")

@@ -27,6 +27,10 @@ class NotOneProgram(Exception):
     """What prevents that graphs are the same program at every length."""
 
 
+class NoFormula(NotOneProgram):
+    """Numbers that follow no rule which so few samples can tell."""
+
+
 @dataclass(frozen=True)
 class Ramp:
     """A constant tensor of the numbers `(start + i) / over`, or `start + step·i`."""
@@ -206,8 +210,8 @@ def _unify_arguments(
         elif all(type(leaf) is int for leaf in leaves):
             formula = samples.formula(leaves)
             if formula is None:
-                raise NotOneProgram(f"the numbers {', '.join(map(str, leaves))} at "
-                                    f"{source_line(nodes[0])} follow no simple rule")
+                raise NoFormula(f"the numbers {', '.join(map(str, leaves))} at "
+                                f"{source_line(nodes[0])} follow no simple rule")
             given.append(formula)
         else:
             raise NotOneProgram(f"{leaves[0]!r} at {source_line(nodes[0])} is {leaves[1]!r} at "

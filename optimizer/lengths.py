@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .apply import Seen
 from .capture import Capture, CaptureError, capture, run_on_copies
 from .formula import Formula, Lengths, Samples, Text, agree, at
-from .general import General, NotOneProgram, general
+from .general import General, NoFormula, NotOneProgram, general
 from .pipeline import Allowed, Applied, Outcome, begun
 from .rewrite import Pass, Skip
 
@@ -301,9 +301,7 @@ def _traced(
     steps = tuple(short[3] for short in choice)
     try:
         return _unified(frees, traced, steps, passes, allowed)
-    except NotOneProgram as error:
-        if "follow no simple rule" not in str(error):
-            raise
+    except NoFormula:
         for lengths in more:  # enough to tell squares
             trace(lengths)
         return _unified(frees, traced, steps, passes, allowed)
@@ -325,7 +323,7 @@ def _unified(
             return values[0]
         formula = samples.formula(values) if all(type(v) is int for v in values) else None
         if formula is None:
-            raise NotOneProgram(f"{what} ({', '.join(map(str, values))}) follow no simple rule")
+            raise NoFormula(f"{what} ({', '.join(map(str, values))}) follow no simple rule")
         return formula
 
     def numbers(rows: Sequence[Sequence[Any] | None], what: str) -> Any:

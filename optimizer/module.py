@@ -76,7 +76,9 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = flatten(args, kwargs)
         key = self._signature(leaves, structure)
-        run = self.specialized.get(key) or self._at_other_length(key, leaves, structure)
+        run = self.specialized.get(key)
+        if run is None:
+            run = self._at_other_length(key, leaves, structure)
         if run is None:
             if len(self.report.signatures) >= MOST_SIGNATURES:
                 self._warn_once()
@@ -104,7 +106,6 @@ class OptimizedModule(nn.Module):
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                 own = list(copied(tuple(leaves)))
                 told = self._optimize_lengths(own, spec, structure, modes, frees, done)
-                seconds = time.perf_counter() - start
                 if not self._covered(leaves, structure, modes):
                     self._optimize_length(own, spec, structure, modes, done)
         except (CaptureError, ContractError) as error:
@@ -152,9 +153,9 @@ class OptimizedModule(nn.Module):
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.first)
-        for mode, general in made.items():
-            self._keep(short, structure, mode, general.module, any_length=True)
-            done.append(mode_report(general.selection))
+        for mode, choice in made.items():
+            self._keep(short, structure, mode, choice.module, any_length=True)
+            done.append(mode_report(choice.selection))
         self.families.append(found)
         return f"{found}, {chosen}"
 

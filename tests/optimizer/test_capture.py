@@ -1056,3 +1056,13 @@ def test_tensors_that_a_graph_cannot_hold(run: Run, reason: str) -> None:
     fast = optimized(program, ROWS.clone())
     assert reason in failure(fast)
     assert torch.equal(fast(ROWS), program(ROWS))
+
+
+def test_a_model_that_counts_as_false_is_optimized_once() -> None:
+    model = nn.Sequential()  # of length 0
+    fast = optimized(model, X)
+    for _ in range(3):
+        assert fast(X) is X
+        with torch.no_grad():
+            assert fast(X) is X
+    assert len(fast.report.signatures) == 1

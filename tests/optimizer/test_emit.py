@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -105,3 +107,16 @@ def test_memory_is_freed_as_early_as_in_the_model() -> None:
     assert fast.report.to_dict()["rewrites"]
     naive, ours = (peak_memory(call(m, (x,), {}, False), x.device) for m in (model, fast))
     assert ours <= naive + LARGE
+
+
+def test_emit_needs_no_kernels() -> None:
+    """The machine writes source without the passes, and so without their operators."""
+    program = """
+import torch
+from looplift.optimizer.capture import capture
+from looplift.optimizer.emit import emit
+print(emit(capture(torch.nn.Linear(2, 2), (torch.ones(1, 2),)).graph_module))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False)
+    assert "torch.nn.functional.linear" in done.stdout, done.stderr
