@@ -33,7 +33,7 @@ from .facts import (
     source_line,
     stacked_as,
 )
-from .formula import Symbolic
+from .formula import Symbolic, SymbolicFloat
 
 INDENT = "    "
 LARGE = 1 << 16  # bytes: when locals of so much are used no more, they are deleted
@@ -138,8 +138,8 @@ class _Source:
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 held = _attribute(graph_module, str(node.target))
-                if ramp := graph_module.meta.get("tables", {}).get(id(held)):
-                    self.lines.append(f"{indent}{self._name(node)} = {ramp.source}")
+                if table := graph_module.meta.get("tables", {}).get(id(held)):
+                    self.lines.append(f"{indent}{self._name(node)} = {table.source}")
                 elif isinstance(held, torch.Tensor):
                     self.globals[self._name(node)] = held
             elif node.op == "call_function" and not _folded(node):
@@ -298,7 +298,7 @@ class _Source:
 
 def _operand(leaf: Any, text: str) -> str:
     negative = isinstance(leaf, (int, float)) and leaf < 0
-    return f"({text})" if negative or isinstance(leaf, Symbolic) else text
+    return f"({text})" if negative or isinstance(leaf, (Symbolic, SymbolicFloat)) else text
 
 
 def _slice_text(node: Node) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,15 +26,20 @@ from .verify import verify_once
 QUICK = 0.02  # seconds: choices are measured at the longest length at which a step takes no more
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
 LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shortest
+MOST_LENGTHS = 32  # at which rewrites are carried out anew
+log = logging.getLogger(__name__)
+
+Make = Callable[[Sequence[Any]], nn.Module]  # what runs inputs of any length of a family
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen in one mode, and the module that runs it at every length of a family."""
+    """What was chosen in one mode, and what runs it at each length of a family."""
 
     selection: Selection
-    module: nn.Module  # the original where nothing paid
+    make: Make  # gives the original where nothing paid
     least: int  # the shortest length it is right at
+    why: str = ""  # what prevents that one source holds for all lengths
 
 
 def optimize_family(
@@ -59,25 +67,34 @@ def optimize_family(
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:
             raise NotOneProgram(f"at length {_named(chosen_at)}: {wrong[0].reason}")
-        module, least = selection.module, 1
+        choice = Chosen(selection, _always(model), 1)
         if selection.rewritten is not None:
             progress(f"verifying at other lengths ({mode})")
-            module = at_every_length(model, found, leaves, spec, selection, options, chosen_at,
-                                     wanted)
-            least = _shortest(model, module, found, leaves, spec, selection, options)
-        made[mode] = Chosen(selection, module, least)
+            choice = EachLength(model, found, leaves, spec, selection, options).chosen(
+                chosen_at, wanted)
+        made[mode] = choice
     if len(found.first) == 1:
         found = replace(found, first=(max(choice.least for choice in made.values()),))
-    return found, made, f"chosen at {_named(chosen_at)}"
+    told = [f"chosen at {_named(chosen_at)}"]
+    told += sorted({f"rewritten anew at each length: {c.why}" for c in made.values() if c.why})
+    return found, made, ", ".join(told)
 
 
 def measuring_lengths(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
     wanted: Lengths,
 ) -> Lengths:
-    """The lengths to choose at: `wanted`, or shorter ones that run quickly, in the same steps."""
-    short = tuple(first + -(-max(LEAST - first, 4 * step) // step) * step
-                  for first, step in zip(found.first, found.steps, strict=True))
+    """The lengths to choose at: `wanted`, or shorter ones that run quickly, in the same steps.
+
+    `NotOneProgram` where the five further ones that are needed pass the longest that may be.
+    """
+    firsts, steps = found.first, found.steps
+    mosts = [first + ((free.most or sys.maxsize) - first) // step * step - 5 * step
+             for first, step, free in zip(firsts, steps, found.frees, strict=True)]
+    if any(most < first for most, first in zip(mosts, firsts, strict=True)):
+        raise NotOneProgram("there are too few lengths to compare")
+    short = tuple(min(most, first + -(-max(LEAST - first, 4 * step) // step) * step)
+                  for first, step, most in zip(firsts, steps, mosts, strict=True))
     args, kwargs = pytree.tree_unflatten(found.resized(leaves, short), spec)
     run = call(model, args, kwargs, training=True)
     run()
@@ -85,98 +102,147 @@ def measuring_lengths(
     run()
     more = min(max(1.0, QUICK / (time.perf_counter() - start)), MOST) ** (1 / len(short))
     chosen = tuple(
-        first + int((length * more - first) // step) * step
-        for length, first, step in zip(short, found.first, found.steps, strict=True)
+        min(most, first + int((length * more - first) // step) * step)
+        for length, first, step, most in zip(short, firsts, steps, mosts, strict=True)
     )
     near = all(w <= 2 * c for w, c in zip(wanted, chosen, strict=True))
-    return wanted if near and found.holds(wanted) else chosen
+    fits = all(w <= most for w, most in zip(wanted, mosts, strict=True))
+    return wanted if near and fits and found.holds(wanted) else chosen
 
 
-def at_every_length(
-    model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
-    selection: Selection, options: Options, chosen_at: Lengths, wanted: Lengths,
-) -> Rewritten:
-    """The selection's rewrites at `chosen_at`, as one module whose source holds for all lengths.
+class EachLength:
+    """The rewrites of a selection at all lengths of a family.
 
-    It is verified against `model` at lengths that were not traced, and at `wanted`. Raises
-    `NotOneProgram` where it differs, or where the rewrites are others at other lengths.
+    As one module whose source holds for all, where there is one. Else, as with batches in slabs,
+    they are carried out anew at each length, on the program that is known there.
     """
-    steps = found.steps
-    firsts = [tuple(n + k * step for n, step in zip(chosen_at, steps, strict=True))
-              for k in (0, 1, 3, 4)]
-    if len(steps) > 1:
-        firsts[3:] = [tuple(n + (k == other) * 2 * step for k, (n, step) in enumerate(
-            zip(chosen_at, steps, strict=True))) for other in range(len(steps))]
-    captures = [found.capture(found.resized(leaves, lengths)) for lengths in firsts]
-    graphs = [again(c, options, selection).graph_module for c in captures]
-    if any(captures[0].constants[k] != c.constants[k] for c in captures for k in c.constants):
-        raise NotOneProgram("an output is a number that varies with the length")
-    held = len(found.sample.state)
-    where = {free.name: next((held + found.sample.tensor_inputs.index(place), axis)
-                             for place, axis, size in free.places if size is None)
-             for free in found.frees}
-    unified = general(Samples(list(where), firsts), graphs)
-    made = Rewritten(model, captures[0], unified.symbolic(where))
-    if options.verify:
-        untraced = tuple(first + 2 * step for first, step in zip(found.first, steps, strict=True))
-        beyond = tuple(n + 5 * step for n, step in zip(chosen_at, steps, strict=True))
-        _verified(model, made, found, leaves, spec, selection, options,
-                  [untraced, beyond,
-                   *_up_to(wanted, beyond, found, selection.mode == "training")])
-    return made
+
+    def __init__(
+        self, model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
+        selection: Selection, options: Options,
+    ) -> None:
+        self.model, self.found, self.leaves, self.spec = model, found, leaves, spec
+        self.selection, self.options = selection, options
+        self.known: dict[Lengths, nn.Module] = {}
+
+    def chosen(self, chosen_at: Lengths, wanted: Lengths) -> Chosen:
+        """What was chosen at `chosen_at`, verified at lengths not traced and up to `wanted`.
+
+        Raises `NotOneProgram` where it differs from the model.
+        """
+        found, selection = self.found, self.selection
+        untraced = tuple(n + 2 * step for n, step in zip(found.first, found.steps, strict=True))
+        beyond = tuple(n + 5 * step for n, step in zip(chosen_at, found.steps, strict=True))
+        todo = [untraced, beyond, *_up_to(wanted, beyond, found, selection.mode == "training")]
+        try:
+            one = self._one_source(chosen_at)
+        except NotOneProgram as why:
+            self._verify(self._at, todo)
+            self.leaves = self._resized(found.first)  # it lives on
+            return Chosen(selection, self, found.first[0], str(why))
+        self._verify(lambda _: one, todo)
+        return Chosen(selection, _always(one), self._shortest(one))
+
+    def __call__(self, leaves: Sequence[Any]) -> nn.Module:
+        """The module for the length of `leaves`, verified on these.
+
+        The original where it differs or can't be made, and after many lengths.
+        """
+        lengths = self.found.lengths(leaves)
+        assert lengths is not None
+        if lengths not in self.known:
+            if len(self.known) >= MOST_LENGTHS:
+                warnings.warn(f"{type(self.model).__name__} was called at more than {MOST_LENGTHS} "
+                              "lengths; further ones run the original model", stacklevel=5)
+                return self.model
+            try:
+                wrong = self._differs(self._at(lengths), leaves, self.selection.mode)
+            except Exception:
+                log.exception("looplift failed at length %s; the original runs", _named(lengths))
+                wrong = Differs(_named(lengths), "an exception", "")
+            if wrong is not None:
+                self.known[lengths] = self.model
+        return self.known[lengths]
+
+    def _at(self, lengths: Lengths) -> nn.Module:
+        """The module made anew at `lengths`; it is kept."""
+        captured = self.found.capture(self._resized(lengths))
+        outcome = again(captured, self.options, self.selection)
+        self.known[lengths] = Rewritten(self.model, captured, outcome.graph_module)
+        return self.known[lengths]
+
+    def _one_source(self, chosen_at: Lengths) -> Rewritten:
+        """The rewrites at `chosen_at`, as one module whose source holds for all lengths.
+
+        Raises `NotOneProgram` where they are others at other lengths.
+        """
+        found, steps = self.found, self.found.steps
+        firsts = [tuple(n + k * step for n, step in zip(chosen_at, steps, strict=True))
+                  for k in (0, 1, 3, 4)]
+        if len(steps) > 1:
+            firsts[3:] = [tuple(n + (k == other) * 2 * step for k, (n, step) in enumerate(
+                zip(chosen_at, steps, strict=True))) for other in range(len(steps))]
+        captures = [found.capture(self._resized(lengths)) for lengths in firsts]
+        graphs = [again(c, self.options, self.selection).graph_module for c in captures]
+        if any(captures[0].constants[k] != c.constants[k] for c in captures for k in c.constants):
+            raise NotOneProgram("an output is a number that varies with the length")
+        held = len(found.sample.state)
+        where = {free.name: next((held + found.sample.tensor_inputs.index(place), axis)
+                                 for place, axis, size in free.places if size is None)
+                 for free in found.frees}
+        unified = general(Samples(list(where), firsts), graphs)
+        return Rewritten(self.model, captures[0], unified.symbolic(where))
+
+    def _verify(self, make: Callable[[Lengths], nn.Module], todo: Sequence[Lengths]) -> None:
+        """Compare at each of the lengths: gradients, and float64, as far as they are quick."""
+        mode, double, seconds, before = self.selection.mode, True, 0.0, todo[0]
+        unproven = []
+        for lengths in todo if self.options.verify else ():
+            growth = prod(n / m for n, m in zip(lengths, before, strict=True))
+            # a model's own backward may take the square of the length
+            if mode == "training" and seconds * growth**2 > SLOW:
+                mode = "inference"
+                unproven.append(f"gradients at lengths beyond {_named(before)}")
+            if mode == "inference" and double and seconds * growth > SLOW:
+                double = False
+                unproven.append(f"equality in float64 at lengths beyond {_named(before)}")
+            made, start = make(lengths), time.perf_counter()
+            differs = self._differs(made, self._resized(lengths), mode, double)
+            if differs is not None:
+                raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
+            seconds, before = time.perf_counter() - start, lengths
+        verdict = self.selection.verdict
+        if isinstance(verdict, Equal):
+            self.selection.verdict = replace(verdict, unproven=(*verdict.unproven, *unproven))
+
+    def _shortest(self, made: nn.Module) -> int:
+        """The shortest length down to which the module is right at each, although not traced."""
+        [least, *others], [step, *_] = self.found.first, self.found.steps
+        end = time.perf_counter() + SLOW
+        while (not others and self.options.verify and time.perf_counter() < end
+               and least - step >= max(1, self.found.frees[0].least)):
+            if self._differs(made, self._resized((least - step,)), self.selection.mode) is not None:
+                break
+            least -= step
+        return least
+
+    def _differs(
+        self, made: nn.Module, leaves: Sequence[Any], mode: str, double: bool = True
+    ) -> Differs | None:
+        if not self.options.verify:
+            return None
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        approximate = any(k.applied.approximate for k in self.selection.kept)
+        return verify_once(self.model, made, args, kwargs, mode=mode,
+                           tolerance=self.options.tolerance, approximate=approximate,
+                           double=double)
+
+    def _resized(self, lengths: Lengths) -> list[Any]:
+        return self.found.resized(self.leaves, lengths)
 
 
-def _verified(
-    model: nn.Module, made: Rewritten, found: Family, leaves: Sequence[Any],
-    spec: pytree.TreeSpec, selection: Selection, options: Options, todo: Sequence[Lengths],
-) -> None:
-    """Compare at each of the lengths: gradients, and float64, as far as they are quick enough."""
-    mode, double, seconds, before = selection.mode, True, 0.0, todo[0]
-    unproven = []
-    for lengths in todo:
-        growth = prod(n / m for n, m in zip(lengths, before, strict=True))
-        # a model's own backward may take the square of the length
-        if mode == "training" and seconds * growth**2 > SLOW:
-            mode = "inference"
-            unproven.append(f"gradients at lengths beyond {_named(before)}")
-        if mode == "inference" and double and seconds * growth > SLOW:
-            double = False
-            unproven.append(f"equality in float64 at lengths beyond {_named(before)}")
-        start = time.perf_counter()
-        differs = _differs(model, made, found.resized(leaves, lengths), spec, selection, options,
-                           mode, double)
-        if differs is not None:
-            raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
-        seconds, before = time.perf_counter() - start, lengths
-    if isinstance(selection.verdict, Equal):
-        selection.verdict = replace(selection.verdict,
-                                    unproven=(*selection.verdict.unproven, *unproven))
-
-
-def _shortest(
-    model: nn.Module, made: nn.Module, found: Family, leaves: Sequence[Any],
-    spec: pytree.TreeSpec, selection: Selection, options: Options,
-) -> int:
-    """The shortest length down to which the module is right at each, although none was traced."""
-    [least, *others], [step, *_] = found.first, found.steps
-    end = time.perf_counter() + SLOW
-    while (not others and options.verify and time.perf_counter() < end
-           and least - step >= max(1, found.frees[0].least)):
-        shorter = found.resized(leaves, (least - step,))
-        if _differs(model, made, shorter, spec, selection, options, selection.mode) is not None:
-            break
-        least -= step
-    return least
-
-
-def _differs(
-    model: nn.Module, made: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec,
-    selection: Selection, options: Options, mode: str, double: bool = True,
-) -> Differs | None:
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-    approximate = any(k.applied.approximate for k in selection.kept)
-    return verify_once(model, made, args, kwargs, mode=mode, tolerance=options.tolerance,
-                       approximate=approximate, double=double)
+def _always(module: nn.Module) -> Make:
+    return lambda _: module
 
 
 def _up_to(

@@ -7,11 +7,11 @@ interpolation, checked on the samples that it does not need.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, combinations_with_replacement
-from math import prod
+from math import isclose, isfinite, prod
 from typing import Any
 
 import sympy
@@ -62,6 +62,43 @@ class Symbolic(int):
     __str__ = __repr__
 
 
+@dataclass(frozen=True)
+class Function:
+    """A floating-point number: source of an expression in the integer of a formula."""
+
+    source: str  # with {} in place of the integer
+    of: Formula
+
+    def at(self, lengths: Lengths) -> float:
+        return float(eval(self.source.format(self.of.at(lengths))))
+
+    def __str__(self) -> str:
+        return self.source.format(f"({self.of})")
+
+
+INVERSES: dict[str, Callable[[float], float]] = {
+    "float({})": float, "1 / {}": lambda x: 1 / x, "{} ** 0.5": lambda x: x**2,
+    "{} ** -0.5": lambda x: x**-2,
+}
+EXACT = 1e-12  # relative difference of two ways to compute a number
+
+
+class SymbolicFloat(float):
+    """A number at one length, shown as the function that gives it at every length."""
+
+    function: Function
+
+    def __new__(cls, number: float, function: Function) -> SymbolicFloat:
+        made = super().__new__(cls, number)
+        made.function = function
+        return made
+
+    def __repr__(self) -> str:
+        return str(self.function)
+
+    __str__ = __repr__
+
+
 class Samples:
     """The lengths that programs were traced at, and the formulas that their numbers follow."""
 
@@ -81,6 +118,38 @@ class Samples:
         if len(set(numbers)) == 1:
             return numbers[0]
         return _interpolated(tuple(numbers), self.names, self.lengths)
+
+    def function(self, numbers: Sequence[float]) -> Function | float | None:
+        """What gives floating-point `numbers`: a constant, or a simple function of a formula.
+
+        >>> str(Samples(["T"], [(10,), (13,), (21,)]).function([1 / 9, 1 / 12, 1 / 20]))
+        '1 / (T - 1)'
+        >>> str(Samples(["T"], [(10,), (13,), (21,)]).function([0.9**10, 0.9**13, 0.9**21]))
+        '1.0 * 0.9 ** (T)'
+        """
+        if not all(map(isfinite, numbers)):
+            return None
+        if all(isclose(n, numbers[-1], rel_tol=EXACT) for n in numbers):
+            return _short(numbers[-1])
+        candidates = []
+        for source, inverse in INVERSES.items() if all(numbers) else ():
+            found = self.formula([round(inverse(n)) for n in numbers])
+            candidates += [Function(source, found)] if isinstance(found, Formula) else []
+        if len(self.names) == 1:
+            candidates += self._affine(numbers)
+        return next((c for c in candidates if all(
+            isclose(c.at(at), n, rel_tol=EXACT)
+            for at, n in zip(self.lengths, numbers, strict=True))), None)
+
+    def _affine(self, numbers: Sequence[float]) -> Iterator[Function]:
+        """The functions `a + b·T` and `a · b ** T` through the first and the last number."""
+        [(first,), *_, (last,)] = self.lengths
+        length = Formula(sympy.Symbol(self.names[0]), self.names)
+        slope = (numbers[-1] - numbers[0]) / (last - first)
+        yield Function(f"{_short(numbers[0] - slope * first)} + {_short(slope)} * {{}}", length)
+        if numbers[0] * numbers[-1] > 0:
+            base = (numbers[-1] / numbers[0]) ** (1 / (last - first))
+            yield Function(f"{_short(numbers[0] / base**first)} * {_short(base)} ** {{}}", length)
 
     def text(self, texts: Sequence[str]) -> Text | None:
         """A text whose numbers are formulas; None where more than numbers differ."""
@@ -105,7 +174,20 @@ class Text:
 
 def at(number: Any, lengths: Lengths) -> Any:
     """A number, or that of a formula at `lengths`."""
-    return number.at(lengths) if isinstance(number, Formula) else number
+    return number.at(lengths) if isinstance(number, (Formula, Function)) else number
+
+
+def _short(number: float) -> float:
+    """0.1 where a computation gave 0.1 and a little."""
+    short = float(f"{number:.10g}")
+    return short if isclose(short, number, rel_tol=EXACT, abs_tol=EXACT) else number
+
+
+def shown(number: Any, was: Any) -> Any:
+    """`was`, that reads as the formula or function `number`."""
+    if isinstance(number, Formula):
+        return Symbolic(was, number)
+    return SymbolicFloat(was, number) if isinstance(number, Function) else number
 
 
 @lru_cache(maxsize=4096)

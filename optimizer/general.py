@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isclose, log
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .builder import duplicate, fake_result
 from .facts import all_graphs, body_of, has_body, source_line, value
-from .formula import Formula, Lengths, Samples, Symbolic, agree, at
+from .formula import Formula, Function, Lengths, Samples, agree, at, shown
 
 Place = tuple[tuple[str, ...], str]  # a node: the bodies it is in, and its name
 
@@ -31,34 +32,72 @@ class NoFormula(NotOneProgram):
     """Numbers that follow no rule which so few samples can tell."""
 
 
+Number = Formula | Function | int | float
 @dataclass(frozen=True)
-class Ramp:
-    """A constant tensor of the numbers `(start + i) / over`, or `start + step·i`."""
+class Table:
+    """A constant tensor of numbers that follow a rule in their place."""
 
-    start: Formula | int
-    step: Formula | int
-    over: Formula | int | None  # None for integers
+    rule: Rule
+    numbers: tuple[Number, ...]
     count: Formula | int
     dtype: torch.dtype
     device: torch.device
 
     def at(self, lengths: Lengths) -> Tensor:
-        start, step, over, count = (at(n, lengths) for n in (
-            self.start, self.step, self.over, self.count))
-        numbers = [start + step * i for i in range(count)]
-        if over is not None:
-            numbers = [n / over for n in numbers]
-        return torch.tensor(numbers, dtype=self.dtype, device=self.device)
+        numbers = [at(n, lengths) for n in self.numbers]
+        made = [self.rule.number(i, *numbers) for i in range(at(self.count, lengths))]
+        return torch.tensor(made, dtype=self.dtype, device=self.device)
 
     @property
     def source(self) -> str:
         """Python source of the tensor at every length."""
-        dtype = self.dtype if self.over is None else torch.float64
-        numbers = f"torch.arange({self.count}, dtype={dtype}, device=torch.device" \
-            f"({str(self.device)!r}))"
-        if self.over is None:
-            return f"{numbers} * ({self.step}) + ({self.start})"
-        return f"(({numbers} + ({self.start})) / ({self.over})).to({self.dtype})"
+        floating = self.dtype.is_floating_point
+        places = f"torch.arange({self.count}, dtype={torch.float64 if floating else self.dtype}, " \
+            f"device=torch.device({str(self.device)!r}))"
+        made = self.rule.source.format(*(f"({n})" for n in self.numbers), i=places)
+        return f"({made}).to({self.dtype})" if floating else made
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a table's numbers follow from their places `i` and a few numbers of the rule."""
+
+    source: str
+    number: Callable[..., Any]
+    fit: Callable[[list[Any]], tuple[Any, ...] | None]  # the rule's numbers, from a table's
+
+
+def _progression(row: list[int]) -> tuple[int, int]:
+    return row[0], row[1] - row[0]
+
+
+def _clamped(row: list[int]) -> tuple[int, int, int, int]:
+    middle = len(row) // 2
+    step = row[middle] - row[middle - 1]
+    return row[middle] - step * middle, step, min(row), max(row)
+
+
+def _multiples(row: list[float]) -> tuple[float, float] | None:
+    step = (row[-1] - row[0]) / (len(row) - 1)
+    return (row[0] / step, step) if step else None
+
+
+def _powers(row: list[float]) -> tuple[float, float] | None:
+    if min(row) <= 0 or row[0] == row[-1]:
+        return None
+    step = (row[-1] / row[0]) ** (1 / (len(row) - 1))
+    return log(row[0]) / log(step), step
+
+
+INTEGERS = (
+    Rule("{i} * {1} + {0}", lambda i, start, step: start + step * i, _progression),
+    Rule("({i} * {1} + {0}).clamp({2}, {3})",
+         lambda i, start, step, low, high: min(max(start + step * i, low), high), _clamped),
+)
+FLOATS = (
+    Rule("({i} + {0}) * {1}", lambda i, start, step: step * (start + i), _multiples),
+    Rule("{1} ** ({i} + {0})", lambda i, start, step: step ** (start + i), _powers),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +106,7 @@ class General:
 
     sample: GraphModule
     numbers: dict[Place, tuple[Any, ...]]  # of the flat arguments; a formula where it varies
-    constants: dict[Place, Ramp]
+    constants: dict[Place, Table]
 
     def at(
         self, lengths: Lengths, inputs: Sequence[Any], mode: FakeTensorMode
@@ -75,7 +114,7 @@ class General:
         """The graph at `lengths`; `inputs` are the fakes that its placeholders stand for."""
         made = duplicate(self.sample)
         self._fill(made, (), lambda number, _: at(number, lengths),
-                   lambda _, ramp: ramp.at(lengths))
+                   lambda _, rule: rule.at(lengths))
         _propagate(made, inputs, mode)
         return made
 
@@ -85,21 +124,20 @@ class General:
         It computes what the sample does; `emit` writes it down for every length.
         """
         made = duplicate(self.sample)
-        tables: dict[int, Ramp] = {}
+        tables: dict[int, Table] = {}
 
-        def note(held: Tensor, ramp: Ramp) -> Tensor:
-            tables[id(held)] = ramp
+        def note(held: Tensor, table: Table) -> Tensor:
+            tables[id(held)] = table
             return held
 
-        self._fill(made, (), lambda number, was: Symbolic(was, number)
-                   if isinstance(number, Formula) else number, note)
+        self._fill(made, (), shown, note)
         for graph in all_graphs(made):
             graph.meta.update(lengths=lengths, tables=tables)
         return made
 
     def _fill(
         self, graph_module: GraphModule, path: tuple[str, ...],
-        number: Callable[[Any, Any], Any], table: Callable[[Tensor, Ramp], Tensor],
+        number: Callable[[Any, Any], Any], table: Callable[[Tensor, Table], Tensor],
     ) -> None:
         for node in graph_module.graph.nodes:
             place = (path, node.name)
@@ -182,11 +220,11 @@ def _unify_attribute(
         inner = (*path, str(nodes[0].target))
         _unify(found, samples, held, inner)
     elif not all(torch.equal(h, held[0]) for h in held):
-        ramp = _ramp(samples, held)
-        if ramp is None:
+        table = _table(samples, held)
+        if table is None:
             raise NotOneProgram(f"a table of numbers at {source_line(nodes[0])} follows no "
                                 "simple rule")
-        found.constants[path, nodes[0].name] = ramp
+        found.constants[path, nodes[0].name] = table
 
 
 def _unify_arguments(
@@ -207,8 +245,9 @@ def _unify_arguments(
             given.append(None)
         elif agree([repr(leaf) for leaf in leaves]):
             given.append(None)
-        elif all(type(leaf) is int for leaf in leaves):
-            formula = samples.formula(leaves)
+        elif all(type(leaf) is type(leaves[0]) and type(leaf) in (int, float) for leaf in leaves):
+            whole = type(leaves[0]) is int
+            formula = samples.formula(leaves) if whole else samples.function(leaves)
             if formula is None:
                 raise NoFormula(f"the numbers {', '.join(map(str, leaves))} at "
                                 f"{source_line(nodes[0])} follow no simple rule")
@@ -220,27 +259,35 @@ def _unify_arguments(
         found.numbers[path, nodes[0].name] = tuple(given)
 
 
-def _ramp(samples: Samples, tables: Sequence[Tensor]) -> Ramp | None:
-    """The rule of tables, one for each sample, of evenly spaced numbers."""
+def _table(samples: Samples, tables: Sequence[Tensor]) -> Table | None:
+    """The rule of tables of numbers, one for each sample, if it is one of `KINDS`."""
     first = tables[0]
     if any(t.dim() != 1 or len(t) < 2 or t.dtype != first.dtype for t in tables):
         return None
-    columns: list[tuple[int, ...]] = []
-    for numbers in (t.tolist() for t in tables):
-        step = numbers[1] - numbers[0]
-        over = None
-        if first.dtype.is_floating_point and step:
-            over = round(1 / step)
-            step = 1
-        start = numbers[0] if over is None else round(numbers[0] * over)
-        if over == 0 or numbers != [
-            start + step * i if over is None else (start + i) / over for i in range(len(numbers))
-        ]:
-            return None
-        columns.append((start, step, 0 if over is None else over, len(numbers)))
-    start, step, over, count = (samples.formula(column) for column in zip(*columns, strict=True))
-    if None in (start, step, over, count):
-        return None
-    return Ramp(cast(Any, start), cast(Any, step),
-                over if first.dtype.is_floating_point else None, cast(Any, count),
-                first.dtype, first.device)
+    rows = [t.tolist() for t in tables]
+    count = samples.formula([len(row) for row in rows])
+    for rule in (FLOATS if first.dtype.is_floating_point else INTEGERS) if count else ():
+        fits = [fit for row in rows if (fit := rule.fit(row)) is not None]
+        numbers = [_number(samples, column) for column in zip(*fits, strict=True)]
+        if len(fits) < len(rows) or None in numbers:
+            continue
+        found = Table(rule, tuple(cast(Any, numbers)), cast(Any, count), first.dtype, first.device)
+        if all(_same(found.at(lengths), table)
+               for lengths, table in zip(samples.lengths, tables, strict=True)):
+            return found
+    return None
+
+
+def _number(samples: Samples, numbers: Sequence[float]) -> Number | None:
+    whole = [round(n) for n in numbers]
+    if all(isclose(n, w, abs_tol=1e-9) for n, w in zip(numbers, whole, strict=True)):
+        return samples.formula(whole)
+    return samples.function(numbers)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether tables agree up to the rounding of their rule."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    apart = (one - other).abs().max() / other.abs().max()
+    return bool(apart <= 16 * torch.finfo(one.dtype).eps)

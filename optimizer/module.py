@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .apply import ContractError
 from .capture import CaptureError, capture
 from .cases import copied
-from .every_length import optimize_family
+from .every_length import Make, optimize_family
 from .general import NotOneProgram
 from .lengths import Family, Free, family, found_lengths, given_lengths
 from .pipeline import Allowed
@@ -67,7 +67,7 @@ class OptimizedModule(nn.Module):
     progress: Callable[[str], None]
     report: Report
     specialized: dict[Hashable, Callable[..., Any]]
-    any_length: dict[Hashable, Callable[..., Any]]  # by the signature at a family's first length
+    any_length: dict[Hashable, Make]  # by the signature at a family's first length
     families: list[Family]
     watched: Watched
     rewritten: Rewritten | None
@@ -154,7 +154,8 @@ class OptimizedModule(nn.Module):
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.first)
         for mode, choice in made.items():
-            self._keep(short, structure, mode, choice.module, any_length=True)
+            with torch.set_grad_enabled(mode == "training"):
+                self.any_length[self._signature(short, structure)] = choice.make
             done.append(mode_report(choice.selection))
         self.families.append(found)
         return f"{found}, {chosen}"
@@ -175,21 +176,24 @@ class OptimizedModule(nn.Module):
         for found in self.families:
             if found.takes(leaves):
                 short = found.resized(leaves, found.first)
-                run = self.any_length.get(self._signature(short, structure))
-                if run is not None:
-                    self.specialized[key] = run
-                    return run
+                make = self.any_length.get(self._signature(short, structure))
+                if make is not None:
+                    with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
+                        self.specialized[key] = self._shown(make(leaves))
+                    return self.specialized[key]
         return None
 
     def _keep(
-        self, leaves: Sequence[Any], structure: Hashable, mode: str, module: nn.Module,
-        any_length: bool = False,
+        self, leaves: Sequence[Any], structure: Hashable, mode: str, module: nn.Module
     ) -> None:
         with torch.set_grad_enabled(mode == "training"):
-            runs = self.any_length if any_length else self.specialized
-            runs[self._signature(leaves, structure)] = module
+            self.specialized[self._signature(leaves, structure)] = self._shown(module)
+
+    def _shown(self, module: nn.Module) -> nn.Module:
+        """`module`; its source and graph are what is shown from now on, if it has any."""
         if isinstance(module, Rewritten):
             vars(self)["rewritten"] = module
+        return module
 
     def _signature(self, leaves: Sequence[Any], structure: Hashable) -> Hashable:
         return call_signature(leaves, structure), self.watched.version()

@@ -2,7 +2,8 @@
 
 Properties, of every program: `apply_passes` neither raises nor hangs; what it returns gives the
 same values and gradients, without its own verifier being asked; each reason that it gives is
-one of docs/refusals.md. Of a program whose steps depend on none before: no loop is left.
+one of docs/refusals.md. Of every fourth: so does the program for all lengths, where there is
+one, at lengths that were not traced. Of one whose steps depend on none before: no loop is left.
 
     python tests/fuzz.py [--minutes M] [--seed S]
 
@@ -33,6 +34,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from looplift.optimizer.facts import all_graphs, has_body
 from looplift.tests.programs import Program, programs
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).parent
@@ -61,6 +63,8 @@ def check(program: Program) -> None:
         agree(model, fast, inputs, want, TOLERANCE[program.dtype])
     unknown = [d["reason"] for d in told["declined"] if not documented(d["reason"])]
     assert not unknown, unknown
+    if program.varies:
+        check_lengths(program)
     if program.batches:
         assert fast.graph_module is not None, told["declined"]
         left = [n for g in all_graphs(fast.graph_module) for n in g.graph.nodes if has_body(n)]
@@ -68,6 +72,27 @@ def check(program: Program) -> None:
         iterations *= 1 + program.source.count("t % 2")
         assert len(left) <= iterations, f"a loop is left: {left}, {told['declined']}"
         assert any(r["pass_name"] == "reroll-loops" for r in told["rewrites"]), told["declined"]
+
+
+def check_lengths(program: Program) -> None:
+    """The program for all lengths from its first on, where there is one, is the model at each."""
+    model, inputs = program.model(), program.inputs(0)
+    fast = looplift.apply_passes(model, inputs, verify=False, measure=False, mode="training",
+                                 dynamic_shapes={"x": {1: Dim("T", max=60)}, "first": None})
+    [known] = fast.report.signatures
+    assert known.failure is None, known.failure
+    told = str(known.lengths)
+    if match := re.match(r"one program for T from (\d+)(?: in steps of (\d+))?", told):
+        first, step = (int(n or 1) for n in match.groups())
+        for k in (0, 2, 5, 6):
+            at = program.at_length(first + k * step)
+            if first + k * step <= 60:
+                inputs = at.inputs(k)
+                agree(model, fast, inputs, run(model, inputs), TOLERANCE[program.dtype])
+        assert len(fast.report.signatures) == 1
+    else:
+        why = told.removeprefix("known at this length alone: ")
+        assert documented(why), why
 
 
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:

@@ -8,7 +8,7 @@ ways. Every choice is a hypothesis draw, so that a failing program shrinks to a 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,12 @@ class Program:
     dtype: torch.dtype
     batches: bool  # no step depends on another, and each leaves something behind
     trips: int
+    varies: bool  # whether it is to be tried at other lengths, too
+
+    def at_length(self, length: int) -> Program:
+        """The same program on inputs of another length."""
+        (batch, _, channels), *others = self.shapes
+        return replace(self, shapes=((batch, length, channels), *others))
 
     def model(self) -> nn.Module:
         scope: dict[str, Any] = {}
@@ -91,7 +97,7 @@ class Parts(nn.Module):
         self.joint = nn.Linear(2 * D, D)
         self.kernel = nn.Parameter(torch.randn(2, 3, 3) / 3)
         if self.own:
-            self.each = nn.ModuleList(nn.Linear(D, D) for _ in range(32))
+            self.each = nn.ModuleList(nn.Linear(D, D) for _ in range(64))
         self.register_buffer("schedule", torch.linspace(0.5, 1, 64))
         self.register_buffer("order", torch.arange(D).flip(0))
 
@@ -104,7 +110,7 @@ def programs(draw: st.DrawFn, carries: bool | None = None) -> Program:
     batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     trips = draw(st.integers(3, 7))
     carried = draw(st.integers(0, 2)) if carries is None else int(carries) * draw(st.integers(1, 2))
-    head, read, length = draw(reads(trips))
+    head, read, length, count = draw(reads(trips))
     writer = draw(st.sampled_from(sorted(WRITES)))
     start, write, result = WRITES[writer]
     body = [read]
@@ -141,18 +147,20 @@ def programs(draw: st.DrawFn, carries: bool | None = None) -> Program:
     lines = [*starts, *([start] if start else []), head, textwrap.indent("\n".join(body), "    "),
              f"return {returned}"]
     forward = textwrap.indent("\n".join(
-        ["B, T, D = x.shape", f"N = {trips}", *lines]), "        ")
+        ["B, T, D = x.shape", f"N = {count}", *lines]), "        ")
     source = (f"class Model(Parts):\n    own = {own}\n\n"
               f"    def forward(self, x, first):\n{forward}\n")
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
     folds = not carried and writer not in CARRYING and trips >= (6 if alternates else 3)
     folds = folds and not (alternates and writer in OVERLAPPING)
-    return Program(source, ((batch, length, channels), (batch, channels)), dtype, folds, trips)
+    shapes = (batch, length, channels), (batch, channels)
+    return Program(source, shapes, dtype, folds, trips, draw(st.integers(0, 3)) == 0)
 
 
 @st.composite
-def reads(draw: st.DrawFn, trips: int) -> tuple[str, str, int]:
-    """The loop's head, the statement that reads `s`, and the length of time that this needs."""
+def reads(draw: st.DrawFn, trips: int) -> tuple[str, str, int, str]:
+    """The loop's head, the statement that reads `s`, the length of time that this needs for
+    `trips`, and the number of trips in any length T."""
     every = "for t in range(N):"
     kind = draw(st.sampled_from(sorted(READS)))
     if kind == "window":
@@ -160,14 +168,15 @@ def reads(draw: st.DrawFn, trips: int) -> tuple[str, str, int]:
         reduce = draw(st.sampled_from(["sum(1)", "mean(1)", "amax(1)", "prod(1)"]))
         place = f"{step} * t + {begin}"
         return every, f"s = x[:, {place} : {place} + {width}].{reduce}", (
-            step * (trips - 1) + begin + width)
+            step * (trips - 1) + begin + width), f"(T - {begin + width}) // {step} + 1"
     if kind == "strided":
         begin, step = draw(st.integers(0, 2)), draw(st.integers(1, 3))
         stop = begin + step * (trips - 1) + 1
-        return f"for t in range({begin}, {stop}, {step}):", "s = x[:, t]", stop
+        head = f"for t in range({begin}, T, {step}):"
+        return head, "s = x[:, t]", stop, "None"
     head, read = READS[kind]
     more = 2 if kind == "neighbours" else draw(st.integers(0, 2)) if kind in LONGER else 0
-    return head, read, trips + more
+    return head, read, trips + more, f"T - {more}"
 
 
 READS = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from math import inf
 from typing import Any
 from unittest import mock
 
@@ -11,8 +13,11 @@ import torch
 from looplift import OptimizedModule, apply_passes
 from looplift.models import alternating_patches, dilated_attention, eigenstate
 from looplift.optimizer import lengths
-from looplift.optimizer.formula import Formula, Samples, Symbolic, at
+from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
+from looplift.passes import ORDER
+from looplift.passes.batch_timesteps import BatchTimesteps
+from looplift.passes.fuse_recurrences import FuseRecurrences
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.testing import assert_close
@@ -102,6 +107,20 @@ def test_a_formula_says_where_it_gives_no_integer() -> None:
         half.at((101,))
 
 
+@pytest.mark.parametrize(("numbers", "source"), [
+    ([0.5, 0.5, 0.5], "0.5"), ([1 / 20, 1 / 26, 1 / 42], "1 / (2*T)"),
+    ([10**-0.5, 13**-0.5, 21**-0.5], "(T) ** -0.5"), ([99**0.5, 168**0.5, 440**0.5], "None"),
+    ([1.0, 1.3, 2.1], "0.0 + 0.1 * (T)"), ([0.9**9, 0.9**12, 0.9**20], "1.1111111111111112"),
+    ([1 / 10, 1 / 13, 1 / 21 + 1e-9], "None"), ([0.0, 1.0, inf], "None"), ([3.0, 1.0, 2.0], "None"),
+])
+def test_numbers_that_are_no_integers(numbers: list[float], source: str) -> None:
+    found = Samples(["T"], [(10,), (13,), (21,)]).function(numbers)
+    assert str(found).startswith(source)
+    if isinstance(found, Function):
+        assert [found.at((n,)) for n in (10, 13, 21)] == pytest.approx(numbers, rel=1e-12)
+        assert f"{SymbolicFloat(0.3, found)}" == str(found)
+
+
 def test_two_lengths_have_products() -> None:
     samples = Samples(["T", "S"], [(10, 17), (11, 17), (10, 18), (11, 18), (13, 20)])
     assert formula(samples, [170, 187, 180, 198, 260]).at((5, 7)) == 35
@@ -137,6 +156,31 @@ def with_positions(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, t]) * (t + 1) + t / x.shape[1] for t in range(x.shape[1])], 1)
 
 
+def scheduled(m: Any, x: Tensor) -> Tensor:
+    """Linear and geometric schedules, from both ends."""
+    steps, h = x.shape[1], torch.zeros_like(x[:, 0])
+    for t in range(steps):
+        h = 0.5 * h + m.a(x[:, t]) * 0.99**t + x[:, t] * (0.3 + 0.07 * t)
+        h = h + m.b(x[:, t]) * 0.9 ** (steps - 1 - t)
+        h = h * (0.5 + 0.5 * (steps - t) / steps)
+    return h
+
+
+def neighbours(m: Any, x: Tensor) -> Tensor:
+    last = x.shape[1] - 1
+    return torch.stack([m.a(x[:, t]) - x[:, max(t - 2, 0)] + m.b(x[:, min(t + 1, last)])
+                        for t in range(x.shape[1])], 1)
+
+
+def euler_steps(m: Any, x: Tensor) -> Tensor:
+    """An ordinary differential equation in steps of 1 / (T - 1), scaled by a root."""
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h = h + (1.0 / (x.shape[1] + 1)) * torch.tanh(m.a(h)) + x[:, t] * x.shape[1] ** -0.5
+        outputs.append(h / x.shape[1] ** -0.5 - float(x.shape[1]))
+    return torch.stack(outputs, 1)
+
+
 def windows(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, 2 * t : 2 * t + 4]).sum(1)
                         for t in range((x.shape[1] - 4) // 2 + 1)], 1)
@@ -156,6 +200,9 @@ def with_own_positions(m: Any, x: Tensor) -> Tensor:
     (recurrent, (1, 2, 7, 64, 501), "T from 1,"),
     (backwards_in_place, (2, 7, 64, 501), "T from"),
     (with_positions, (1, 2, 3, 64, 501), "T from 1,"),
+    (scheduled, (1, 2, 64, 501), "T from 1,"),
+    (neighbours, (5, 6, 64, 501), "T from 5,"),
+    (euler_steps, (2, 3, 64, 501), "T from 2,"),
     (windows, (12, 64, 502), "in steps of 2"),
     (all_pairs, (1, 2, 64, 101), "T from 1,"),
     (with_own_positions, (1, 2, 64, 501), "T from 1,"),
@@ -227,10 +274,6 @@ def triangular(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, : t + 1].mean(1)) for t in range(x.shape[1])], 1)
 
 
-def scheduled(m: Any, x: Tensor) -> Tensor:
-    return torch.stack([m.a(x[:, t]) * 0.99**t for t in range(x.shape[1])], 1)
-
-
 def irregular(m: Any, x: Tensor) -> Tensor:
     outputs, t = [], 0
     while t < x.shape[1]:
@@ -257,7 +300,6 @@ def by_number_of_steps(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("run", "reason"), [
     (triangular, "it does other operations at other lengths"),
-    (scheduled, "a table of numbers at test_lengths.py"),
     (irregular, "a table of numbers at test_lengths.py"),
     (erratic, "the number of operations follows no simple rule in the length"),
     (by_number_of_steps, "at length 400: differs in output 0"),
@@ -343,3 +385,69 @@ def test_dynamic_shapes_that_do_not_fit(shapes: Any, message: str) -> None:
     x, y = torch.randn(2, 8, 3), {"y": torch.randn(2, 16, 3)}
     with pytest.raises(ValueError, match=message):
         optimized(Pair(), x, y, dynamic_shapes=shapes)
+
+
+# What is rewritten anew at each length
+
+
+def smoothed(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = 0.9 * h + m.a(x[:, t])
+        outputs.append(m.b(torch.tanh(h)))
+    return torch.stack(outputs, 1)
+
+
+def in_slabs(run: Run) -> tuple[Model, OptimizedModule]:
+    slabs = [replace(p, slab=16) if isinstance(p, BatchTimesteps) else p for p in ORDER
+             if not isinstance(p, FuseRecurrences)]
+    model = Model(run)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long(), passes=slabs)
+    assert "rewritten anew at each length" in told(fast)
+    return model, fast
+
+
+def test_batches_in_slabs_are_made_anew_at_each_length() -> None:
+    model, fast = in_slabs(smoothed)
+    assert "25" in fast.code
+    serves(fast, model, *(long(n) for n in (11, 64, 501)))
+    assert "31" in fast.code  # the slabs of the length that came last
+
+
+def cut_short(m: Any, x: Tensor) -> Tensor:
+    return smoothed(m, x) * (1 if x.shape[1] < 450 else 2)
+
+
+def test_a_length_at_which_it_is_another_program_runs_the_original() -> None:
+    model, fast = in_slabs(cut_short)
+    serves(fast, model, long(449), long(450))
+
+
+def test_a_length_at_which_it_cannot_be_made_runs_the_original() -> None:
+    model, fast = in_slabs(smoothed)
+    with mock.patch("looplift.optimizer.every_length.again", side_effect=KeyError("lost")):
+        serves(fast, model, long(501))
+
+
+def test_many_lengths_run_the_original_with_a_warning() -> None:
+    model, fast = in_slabs(smoothed)
+    with mock.patch("looplift.optimizer.every_length.MOST_LENGTHS", 4):
+        serves(fast, model, long(64))
+        with pytest.warns(UserWarning, match="more than 4 lengths"):
+            serves(fast, model, long(65), long(66), long(67))
+
+
+def added_to_a_buffer(m: Any, x: Tensor) -> Tensor:
+    out = torch.ones(2, 64, WIDTH, dtype=x.dtype)
+    for t in range(x.shape[1]):
+        out[:, t] += m.a(x[:, t]) * (t + 1)
+    return out
+
+
+@pytest.mark.parametrize(("most", "says"), [(60, "one program"), (14, "too few lengths")])
+def test_no_length_beyond_the_longest_that_is_allowed(most: int, says: str) -> None:
+    model = Model(added_to_a_buffer)
+    fast = optimized(model, *long(12), dynamic_shapes=({1: Dim("T", max=most)},))
+    assert fast.report.signatures[0].failure is None
+    assert says in told(fast)
