@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .family import Family
 from .formula import Lengths, Samples
 from .general import NotOneProgram, general
-from .lengths import Family
 from .measure import call
 from .rewritten import Rewritten
 from .select import LITTLE, Cache, Options, Selection, again, select

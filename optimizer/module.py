@@ -17,8 +17,9 @@ from .apply import ContractError
 from .capture import CaptureError, capture
 from .cases import copied
 from .every_length import Make, optimize_family
+from .family import Family, family
 from .general import NotOneProgram
-from .lengths import Family, Free, family, found_lengths, given_lengths
+from .lengths import Free, found_lengths, given_lengths
 from .pipeline import Allowed
 from .report import (
     ModeReport,
