@@ -12,6 +12,7 @@ from .fuse_projections import FuseProjections
 from .fuse_recurrences import FuseRecurrences
 from .lower_einops import LowerEinops
 from .lower_scans import LowerScans
+from .parallelize_recurrence import ParallelizeRecurrence
 from .reroll_loops import RerollLoops
 from .slice_indices import SliceIndices
 from .vectorize_patches import VectorizePatches
@@ -27,6 +28,7 @@ ORDER: tuple[Pass, ...] = (
     FuseIterations(),  # of batched and lowered products, before their sums are taken apart
     FuseMultiplyAdd(),  # after attention, whose mask is an addition
     ApproximateGelu(),  # one gelu over all steps, not one for each
+    ParallelizeRecurrence(),  # of running sums whose terms are batched now
     FuseRecurrences(),  # of bodies that no other pass changes any more
     LowerScans(),  # last: what is still a scan runs as a loop
 )

@@ -1,0 +1,83 @@
+"""A running sum → one sum over the steps, or one cumulative sum.
+
+Before:
+    scan: total = total + term; the total before or after each step, or only the last one
+After:
+    total + terms.sum(0), where only the end is used; total + terms.cumsum(0) else
+Wins:
+    One operation in place of one for each step, on every device.
+Sound if:
+    the term is no function of the total, has its size and dtype, and is added once per step. A
+    sum has no order but its rounding; PyTorch's own sums are at least as accurate as adding one
+    by one.
+Skips:
+    steps that compute anything else, and terms that are broadcast to the total's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch.fx import Node
+
+from ..optimizer.builder import Builder, output_node, placeholders
+from ..optimizer.distribute import replacing
+from ..optimizer.facts import Facts, aten, body_of, is_scan, source_line, trips, value
+from ..optimizer.rewrite import Rewrite, Skip
+
+
+@dataclass(frozen=True)
+class ParallelizeRecurrence:
+    """Compute running sums at once; see the module's docstring."""
+
+    name: ClassVar[str] = "parallelize-recurrence"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        for scan in facts.operations:
+            term = summed(scan) if is_scan(scan) else None
+            if term is None:
+                continue
+            carry, total = value(cast(list[Node], scan.args[1])[0]), value(term)
+            if (total.shape[1:], total.dtype) != (carry.shape, carry.dtype):
+                reason = f"its terms, {tuple(total.shape[1:])}, are broadcast to the total's size"
+                yield Skip(self.name, reason, source_line(scan))
+                continue
+
+            def make(build: Builder, scan: Node = scan, term: Node = term) -> Sequence[Node]:
+                return at_once(build, scan, term)
+
+            yield replacing(self.name, f"running sum of {trips(scan)} steps → one sum", scan, make)
+
+
+def summed(scan: Node) -> Node | None:
+    """What a scan adds to its one carry, all steps stacked, if it does nothing else."""
+    body = body_of(scan)
+    carries, slices = (cast(list[Node], scan.args[k]) for k in (1, 2))
+    calls = [n for n in body.graph.nodes if n.op == "call_function"]
+    if len(carries) != 1 or len(calls) != 1 or calls[0].target is not aten.add.Tensor:
+        return None
+    [add], heads = calls, placeholders(body)
+    results = cast(tuple[Node, ...], output_node(body).args[0])
+    others = [n for n in add.args if n is not heads[0]]
+    if add.kwargs or len(others) != 1 or others[0] not in heads[1 : 1 + len(slices)]:
+        return None
+    if results[0] is not add or any(r not in (add, heads[0]) for r in results):
+        return None
+    return slices[heads.index(cast(Node, others[0])) - 1]
+
+
+def at_once(build: Builder, scan: Node, terms: Node) -> Sequence[Node]:
+    """The scan's results: the last total, then the totals before or after each step."""
+    [start], steps = cast(list[Node], scan.args[1]), trips(scan)
+    head = placeholders(body_of(scan))[0]
+    outputs = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])[1:]
+    if not outputs:
+        return [build.call(aten.add.Tensor, start, build.call(aten.sum.dim_IntList, terms, [0]))]
+    first = build.call(aten.unsqueeze.default, start, 0)
+    after = build.call(aten.add.Tensor, first, build.call(aten.cumsum.default, terms, 0))
+    before = build.call(aten.cat.default, [first, build.slice(after, 0, 0, steps - 1)], 0) \
+        if head in outputs else after
+    final = build.call(aten.select.int, after, 0, steps - 1)
+    return [final, *(before if output is head else after for output in outputs)]
