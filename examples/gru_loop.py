@@ -1,4 +1,4 @@
-"""A GRU written as a loop over time: the input's share of the gates moves out of the loop.
+"""A GRU written as a loop: the input's share of the gates moves out, the rest is one kernel.
 
     python examples/gru_loop.py
 """

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .builder import Builder, exact_result, fake_result, placeholders
+from .cells import CELLS
 from .facts import (
     READS,
     WRITES,
@@ -34,6 +35,7 @@ from .facts import (
     value,
 )
 
+MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
 
@@ -155,18 +157,23 @@ def merge_equal(graph_module: GraphModule) -> None:
 
 
 def sink_reads(graph_module: GraphModule) -> None:
-    """Give each argument that is a `select` or `slice` its own, right before its reader.
+    """Give each argument that is a `select` or `slice`, or a view of one, its own, right before
+    its reader.
 
     They stand in the order of the arguments, so that it is the same in every step of a loop,
     whichever reads were written first or shared.
     """
     graph = graph_module.graph
+    reads: set[Node] = set()
+    for node in graph.nodes:
+        if is_op(node, *READS) or (is_op(node, *MOVES) and node.args[0] in reads):
+            reads.add(node)
     for user in list(graph.nodes):
-        if user.op != "call_function" or is_op(user, *READS):
+        if user.op != "call_function" or user in reads:
             continue
 
         def own(node: Node, user: Node = user) -> Node:
-            if not is_op(node, *READS):
+            if node not in reads:
                 return node
             source = own(cast(Node, node.args[0]))
             with graph.inserting_before(user):
@@ -177,7 +184,7 @@ def sink_reads(graph_module: GraphModule) -> None:
         user.args = torch.fx.node.map_arg(user.args, own)
         user.kwargs = torch.fx.node.map_arg(user.kwargs, own)
     for node in reversed(list(graph.nodes)):
-        if is_op(node, *READS) and not node.users:
+        if node in reads and not node.users:
             graph.erase_node(node)
 
 
@@ -402,6 +409,7 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
     aten.cat.default: _cat,
     aten.expand.default: _same_if(_keeps_shape),
     aten.alias.default: _same_if(lambda node: True),
+    **CELLS,
     aten.pad.default: _same_if(lambda node: not any(cast(list[int], node.args[1]))),
 }
 

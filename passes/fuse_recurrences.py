@@ -1,48 +1,51 @@
-"""A recurrence of pointwise operations → one kernel that walks all its steps.
+"""A recurrence of small steps → one kernel that walks all of them.
 
 Before:
     scan(step, carries, slices, invariants)
 After:
     looplift.fused_scan(step's source, carries, slices, invariants)
 Wins:
-    Each tensor is read and written once, with the carries in registers; a loop in Python runs
-    every operation of every step, and so does its backward.
+    Each tensor is read and written once, with the carries in registers or in the cache; a loop
+    in Python runs every operation of every step, and so does its backward.
 Sound if:
-    every operation is pointwise, on one floating dtype. The kernel computes the very operations
-    of the step, with the vector functions that eager operations use; its backward is the
-    differentiated step, walked from the last to the first on carries that are computed again.
+    every operation is pointwise, a view, a sum, a largest or smallest value, a matrix product,
+    or composed of these, on one floating dtype. The kernel computes these operations, with the
+    vector functions that eager operations use; its backward is the differentiated step, walked
+    from the last to the first, with products of all steps at once where they are off its cycle.
 Skips:
-    steps with a product, a reduction or a view; several dtypes or sizes; loops of few steps,
+    other operations; several dtypes; values too large for a core's cache; loops of few steps,
     which a kernel is not worth building for; other devices than the CPU; no compiler.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tag
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ..optimizer.builder import Builder, duplicate, output_node, placeholders
 from ..optimizer.distribute import replacing
 from ..optimizer.emit import sourced
-from ..optimizer.facts import Facts, aten, body_of, is_scan, is_tensor, source_line, trips, value
+from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, trips, value
 from ..optimizer.fused import KINDS, is_built
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.sink import Sunk, sunk
 
-CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.other,
-         aten.type_as.default)
+CPU = torch.device("cpu")
+SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 FEW = 32  # steps: a kernel takes seconds to build
 
 
 @dataclass(frozen=True)
 class FuseRecurrences:
-    """Run a recurrence of pointwise operations as one kernel; see the module's docstring."""
+    """Run a recurrence of small steps as one kernel; see the module's docstring."""
 
     name: ClassVar[str] = "fuse-recurrences"
 
@@ -50,28 +53,41 @@ class FuseRecurrences:
         for scan in facts.operations:
             if not is_scan(scan) or trips(scan) < FEW:
                 continue
+            given = sunk(scan)
             try:
-                step = fusible(scan)
+                kernel = fusible(given.body, given.values(scan))
             except Unsupported as reason:
                 yield Skip(self.name, str(reason), source_line(scan))
                 continue
 
-            def make(build: Builder, scan: Node = scan, step: str = step) -> Sequence[Node]:
-                return fused(build, scan, step)
+            def make(
+                build: Builder, scan: Node = scan, given: Sunk = given, kernel: Fusible = kernel
+            ) -> Sequence[Node]:
+                return fused(build, scan, given, kernel)
 
             yield replacing(self.name, f"scan of {trips(scan)} steps → one kernel", scan, make)
 
 
-def fused(build: Builder, scan: Node, step: str) -> Sequence[Node]:
+@dataclass(frozen=True)
+class Fusible:
+    """A step that a kernel can run: its source, and numbers that are its last invariants."""
+
+    step: str
+    numbers: tuple[float, ...]
+
+
+def fused(build: Builder, scan: Node, given: Sunk, kernel: Fusible) -> Sequence[Node]:
     """The kernel's results; masks among its arguments count as 0 and 1."""
-    carries, *given = (cast(list[Node], scan.args[k]) for k in (1, 2, 3))
+    carries = cast(list[Node], scan.args[1])
     dtype = value(carries[0]).dtype
     slices, invariants = (
         [build.call(aten.to.dtype, n, dtype) if value(n).dtype is torch.bool else n for n in nodes]
-        for nodes in given
+        for nodes in given.read(build)
     )
-    results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
-    made = build.several(torch.ops.looplift.fused_scan.default, step, list(carries), slices,
+    results = cast(tuple[Node, ...], output_node(given.body).args[0])
+    invariants += [build.call(aten.full.default, [], number, dtype=dtype, device=CPU)
+                   for number in kernel.numbers]
+    made = build.several(torch.ops.looplift.fused_scan.default, kernel.step, list(carries), slices,
                          invariants, len(results) - len(carries), False)
     return [build.call(aten.ne.Scalar, n, 0) if value(result).dtype is torch.bool else n
             for n, result in zip(made, results, strict=True)]
@@ -98,42 +114,45 @@ def in_numbers(body: GraphModule, held: int) -> GraphModule:
     return made
 
 
-def fusible(scan: Node) -> str:
-    """The source of a scan's step, if one kernel can run it; raises `Unsupported` with a reason."""
-    body, (held, read, fixed) = body_of(scan), (len(cast(list[Node], scan.args[k]))
-                                                for k in (1, 2, 3))
-    heads = placeholders(body)
+def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float, ...]]:
+    """The body with its fractions as its last arguments, and those numbers: a step of 1 / T is
+    then one kernel for all lengths."""
+    made = duplicate(body)
+    found: dict[float, Node] = {}
+    for node in made.graph.nodes:
+        for number in node.args if node.target in SCALED else ():
+            if isinstance(number, float) and not number.is_integer():
+                if number not in found:
+                    heads = placeholders(made)
+                    with made.graph.inserting_after(heads[-1]):
+                        found[number] = made.graph.placeholder(f"number_{len(found)}")
+                node.args = tuple(found[number] if a is number else a for a in node.args)
+    return made, tuple(found)
+
+
+def fusible(body: GraphModule, given: Sequence[Sequence[Tensor]]) -> Fusible:
+    """The kernel that runs a step on the `given` carries, slices and invariants; raises
+    `Unsupported` with a reason where there is none."""
+    heads, held = placeholders(body), len(given[0])
     if not held:
         raise Unsupported("it carries nothing from step to step")
-    lanes = value(heads[0]).shape
     results = cast(tuple[Node, ...], output_node(body).args[0])
     for node in body.graph.nodes:
-        if node.op == "call_function" and not _is_pointwise(node):
+        if node.op == "call_function" and not isinstance(node.target, OpOverload) \
+                and node.target is not operator.getitem:
             name = getattr(node.target, "__name__", node.target)
-            raise Unsupported(f"the loop computes {name}, which is not pointwise")
+            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
     tensors = [n for n in body.graph.nodes if is_tensor(n)]
-    if any(value(n).shape != lanes for n in (*heads[:held], *results)) or not all(
-        _broadcasts(value(n).shape, lanes) for n in tensors
-    ):
-        raise Unsupported("its values have several sizes")
     kinds = {(value(n).device.type, value(n).dtype) for n in tensors
              if value(n).dtype is not torch.bool or n in heads[:held] or n in results[:held]}
     if kinds not in KINDS:
         raise Unsupported("its values are not all of one floating dtype on the CPU")
-    step, needs = sourced(in_numbers(body, held), "step")
+    body, numbers = with_arguments(in_numbers(body, held))
+    step, needs = sourced(body, "step")
     if needs:
         raise Unsupported("it reads a constant tensor")
-    if not is_built(step, held, read, fixed, len(results) - held):
+    carries, slices, invariants = given
+    scalars = [carries[0].new_empty(()) for _ in numbers]
+    if not is_built(step, carries, slices, [*invariants, *scalars]):
         raise Unsupported("there is no C++ compiler that builds the kernel")
-    return step
-
-
-def _is_pointwise(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and (
-        Tag.pointwise in node.target.tags or node.target in CASTS)
-
-
-def _broadcasts(shape: Sequence[int], lanes: Sequence[int]) -> bool:
-    """Whether `shape` is `lanes` with some axes of one, or without the first ones."""
-    return len(shape) <= len(lanes) and all(
-        n in (1, size) for n, size in zip(reversed(shape), reversed(lanes), strict=False))
+    return Fusible(step, numbers)

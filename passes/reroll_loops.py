@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tag, Tensor
@@ -293,7 +294,8 @@ def loses(loop: Loop) -> str:
     if cheap and len(work) <= len(stacked):
         return "its steps read values that would have to be stacked, at the cost of what they " \
             "compute"
-    if not loop.reads and not varying and len(work) == 1 and loop.trips < LOOKS_REPEATED:
+    few = len(work) == 1 and loop.trips < LOOKS_REPEATED
+    if few and ((cheap and any(map(is_uneven, varying))) or not (loop.reads or varying)):
         return "it repeats one operation a few times, which a loop would not make faster"
     copied = sum(bytes_of(n) for items in stacked for n in items if n.meta.get("state"))
     made = [n for n in loop.stretch.operations if worth_folding(n) and is_tensor(n)]
@@ -305,6 +307,13 @@ def loses(loop: Loop) -> str:
         return "its parameters would be copied into one at every call, which costs more than it " \
             "saves"
     return ""
+
+
+def is_uneven(varying: Varying) -> bool:
+    """Whether numbers differ from trip to trip by no one step, as where gates are read."""
+    numbers = varying.items
+    return all(isinstance(n, int) for n in numbers) \
+        and len({b - a for a, b in pairwise(numbers)}) > 1
 
 
 def worth_folding(node: Node) -> bool:

@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 import torch
 from looplift.optimizer import fused
-from looplift.optimizer.fused import fused_scan
+from looplift.optimizer.fused import fused_scan, is_built
 from looplift.optimizer.loop import plain_loop
-from looplift.optimizer.pointwise import Unsupported, cpp, step_function
+from looplift.optimizer.pointwise import Unsupported
+from looplift.optimizer.step import step_function
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -108,6 +109,132 @@ def test_all_operations_in_one_step() -> None:
     same(step, [random(37, grad=True) for _ in names], [random(3, 37, grad=True)], [], 0)
 
 
+GRU = """
+def step(h, r, z, n, weight, bias):
+    at_r, at_z, at_n = torch.nn.functional.linear(h, weight, bias).chunk(3, 1)
+    z = torch.sigmoid(z + at_z)
+    now = (1 - z) * torch.tanh(n + torch.sigmoid(r + at_r) * at_n) + z * h
+    return [now, now]
+"""
+LSTM = """
+def step(h, c, x, weight):
+    i, f, g, o = (x + h @ weight).split(h.shape[1], 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return [h, c, h]
+"""
+DELTA = """
+def step(s, decay, k, v, q):
+    s = s * decay[..., None, None]
+    s = s + k.unsqueeze(-1) * (v - (s * k.unsqueeze(-1)).sum(-2)).unsqueeze(-2)
+    return [s, (q.unsqueeze(-2) @ s).squeeze(-2)]
+"""
+SELECTIVE = """
+def step(h, dt, x, b, c, a):
+    h = torch.exp(dt[..., None] * a) * h + (dt * x)[..., None] * b[:, None]
+    return [h, torch.einsum("bdn,bn->bd", h, c)]
+"""
+SHIFTED = """
+def step(z, x, feedback, forward):
+    z = torch.cat([(x - (z * feedback).sum(-1)).unsqueeze(-1), z[..., :-1]], -1)
+    return [z, (z * forward).sum(-1)]
+"""
+NORMED = """
+def step(h, x, weight, bias, matrix):
+    h = torch.layer_norm(h + x, h.shape[-1:], weight, bias) + torch.softmax(h @ matrix, -1)
+    return [h, h.amax(-1), h.mean(-1, keepdim=True), torch.logsumexp(h, -1), h.var(-1)]
+"""
+SWAPPED = """
+def step(a, b, x):
+    a, b = b.T + x, a.T
+    return [a, b, torch.where(a > b, a, x[0]), a[1:, 1], a.sum() + b.reshape(-1)[::2].sum()]
+"""
+GROUPED = """
+def step(h, x, weight):
+    parts = h.view(h.shape[0], 2, -1).transpose(1, 2).reshape(h.shape[0], -1)
+    h = torch.tanh(parts + x) @ weight
+    return [h, h.view(h.shape[0], -1, 2).amin(1)]
+"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "size"), [(4, 64), (3, 7), (1, 5), (9, 33)])
+def test_cells(batch: int, size: int, reverse: bool) -> None:
+    weight = random(3 * size, size) / size**0.5
+    bias, slices = random(3 * size), [random(5, batch, size) for _ in range(3)]
+    h, c = random(batch, size), random(batch, size)
+    gates = random(batch, 5, 4 * size).transpose(0, 1)
+    for t in (weight, bias, *slices, h, c, gates):
+        t.requires_grad_()
+    same(GRU, [h], slices, [weight, bias], 1, reverse)
+    wide = (random(size, 4 * size) / size**0.5).requires_grad_()
+    same(LSTM, [h, c], [gates], [wide], 1, reverse)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 8, 16), (1, 2, 5, 3), (2, 1, 4, 33), (3, 2, 1, 1)])
+def test_states_that_are_matrices(sizes: tuple[int, ...]) -> None:
+    b, h, k, v = sizes
+    slices = [random(6, b, h).sigmoid(), random(6, b, h, k) / k, random(6, b, h, v),
+              random(6, b, h, k)]
+    same(DELTA, [random(b, h, k, v, grad=True)], [s.requires_grad_() for s in slices], [], 1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 24, 16), (1, 5, 3), (3, 1, 4), (2, 4, 4)])
+def test_selective_state_spaces(sizes: tuple[int, ...], turned: bool) -> None:
+    """With the channels in vectors, or, where time is the last axis in memory, the states."""
+    b, d, n = sizes
+    slices = [random(6, b, m) for m in (d, d, n, n)]
+    slices = [s.movedim(0, -1).contiguous().movedim(-1, 0) if turned else s for s in slices]
+    same(SELECTIVE, [random(*sizes, grad=True)],
+         [s.sigmoid().detach().requires_grad_() for s in slices],
+         [(-random(d, n).abs()).requires_grad_()], 1)
+
+
+def test_reductions_joins_and_views() -> None:
+    same(SHIFTED, [random(4, 3, 4, grad=True)], [random(6, 4, 3, grad=True)],
+         [(random(4) / 4).requires_grad_(), random(4, grad=True)], 1)
+    for size in (37, 16, 3):
+        same(NORMED, [random(4, size, grad=True)], [random(6, 4, size, grad=True)],
+             [random(size, grad=True), random(size, grad=True), random(size, size, grad=True)], 4)
+        same(SWAPPED, [random(size, size, grad=True), random(size, size, grad=True)],
+             [random(6, size, size, grad=True)], [], 3, reverse=True)
+    same(GROUPED, [random(5, 12, grad=True)], [random(6, 5, 12, grad=True)],
+         [random(12, 12, grad=True)], 1)
+
+
+def test_sizes_that_coincide() -> None:
+    """No axis is taken for another that has the same number of elements."""
+    same(GRU, [random(4, 4, grad=True)], [random(4, 4, 4, grad=True) for _ in range(3)],
+         [random(12, 4, grad=True), random(12, grad=True)], 1)
+    same(DELTA, [random(4, 4, 4, 4, grad=True)],
+         [random(4, 4, 4).sigmoid(), *(random(4, 4, 4, 4, grad=True) / 4 for _ in range(3))], [], 1)
+    outer = "def step(h, x):\n    h = (h.unsqueeze(0) * h.unsqueeze(1)).tanh().sum(0) + x\n" \
+        "    return [h, h.unsqueeze(0) - h.unsqueeze(1)]\n"
+    same(outer, [random(4, grad=True)], [random(4, 4, grad=True)], [], 1)
+
+
+def test_single_precision_of_products() -> None:
+    def given(*sizes: int) -> Tensor:
+        return torch.randn(sizes).requires_grad_()
+
+    same(GRU, [given(6, 48)], [given(9, 6, 48) for _ in range(3)],
+         [(torch.randn(144, 48) / 7).requires_grad_(), given(144)], 1, tolerance=2e-4)
+
+
+def test_memory_that_is_used_again_is_none_that_anyone_sees() -> None:
+    """The backward writes over what it computed itself, and over nothing else."""
+    h, c, x = random(2, 3, grad=True), random(2, 3, grad=True), random(6, 2, 12, grad=True)
+    weight = random(3, 12, grad=True)
+    results = fused_scan(LSTM, [h, c], [x], [weight], 1, False)
+    before = [t.detach().clone() for t in (*results, x, weight)]
+    total = sum(r.sin().sum() for r in results)
+    first = torch.autograd.grad(total, [h, c, x, weight], retain_graph=True)
+    again = torch.autograd.grad(total, [h, c, x, weight])
+    assert_close(first, again, rtol=0, atol=0)
+    assert_close([t.detach() for t in (*results, x, weight)], before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinities_go_where_they_go_in_the_loop(number: float) -> None:
     x, gate = random(5, 40), random(5, 40)
@@ -117,6 +244,20 @@ def test_nan_and_infinities_go_where_they_go_in_the_loop(number: float) -> None:
     want, got = (run(step, [random(40) * 0 + 1], [x, gate], [random(40) * 0])
                  for run in (plain, lambda *a: fused_scan(*a, 1, False)))
     assert_close(list(got), list(want), equal_nan=True)
+
+
+@pytest.mark.parametrize("expression", [
+    "torch.nn.functional.softplus(x * h)", "torch.log1p(x.exp())", "torch.nn.functional.gelu(x)",
+    "torch.sigmoid(x * x)", "torch.softmax(x + h, 0)", "(x + h).amax(0)"])
+def test_gradients_are_finite_where_the_loop_has_finite_ones(expression: str) -> None:
+    """The formulas of the operations' gradients, not of what they are composed of: the exponential
+    in softplus overflows."""
+    step = f"def step(h, x):\n    return [0.5 * h + {expression}]\n"
+    h = torch.ones(5, requires_grad=True)
+    x = torch.linspace(-200, 200, 20).view(4, 5).requires_grad_()
+    want, got = (torch.autograd.grad(results[0].sum(), [h, x]) for results in (
+        plain(step, [h], [x], []), fused_scan(step, [h], [x], [], 0, False)))
+    assert_close(got, want, equal_nan=True)
 
 
 def test_gradients_of_gradients() -> None:
@@ -130,19 +271,39 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(run, given)
 
 
+def test_gradients_of_gradients_of_products() -> None:
+    given = random(2, 3, grad=True), random(2, 3, grad=True), random(4, 2, 12, grad=True), \
+        random(3, 12, grad=True)
+
+    def run(h: Tensor, c: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fused_scan(LSTM, [h, c], [x], [weight], 1, False))
+
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
+
+
 def test_it_is_a_proper_operator() -> None:
     given = ([random(3, grad=True)], [random(4, 3, grad=True), random(4, 3)], [random(3)])
     torch.library.opcheck(fused_scan, (GATED, *given, 1, False))
+    cell = [random(2, 3, grad=True)], [random(4, 2, 3, grad=True) for _ in range(3)], \
+        [random(9, 3, grad=True), random(9, grad=True)]
+    torch.library.opcheck(fused_scan, (GRU, *cell, 1, False))
 
 
 @pytest.mark.parametrize(("expression", "reason"), [
-    ("h @ h", "has no rule for"), ("torch.cumsum(h, 0)", "has no rule for"),
-    ("h.long().to(h)", "torch.int64 numbers"), ("h > 0", "returns what is no number"),
-    ("h + torch.rand_like(h)", "has no rule for"),
+    ("h.atan2(x)", "has no rule for"), ("torch.cumsum(h, 0)", "has no rule for"),
+    ("h.long().to(h)", "torch.int64 numbers"), ("h + torch.rand_like(h)", "has no rule for"),
+    ("h.sort()[0]", "has no rule for"), ("h[torch.tensor([2, 1, 0, 0])]", "constant tensor"),
 ])
 def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
-        cpp(f"def step(h, x):\n    return [{expression}]\n", 1, 1, 0)
+        is_built(f"def step(h, x):\n    return [{expression}]\n", [random(4)], [random(3, 4)], [])
+
+
+def test_values_that_no_cache_holds() -> None:
+    step = "def step(h, x):\n    return [h @ h + x.sum() * h]\n"
+    with pytest.raises(Unsupported, match="KiB of a core's cache"):
+        is_built(step, [random(300, 300)], [random(3, 2)], [])
 
 
 def test_without_a_compiler_the_plain_loop_runs() -> None:
@@ -154,7 +315,7 @@ def test_without_a_compiler_the_plain_loop_runs() -> None:
 def test_a_compiler_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     step = GATED.replace("* 2", "* 2.125")
     with mock.patch("torch._inductor.codecache.CppCodeCache.load", side_effect=OSError("no g++")):
-        assert not fused.is_built(step, 1, 2, 1, 1)
+        assert not is_built(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
     assert "no fused loops here, plain ones run: no g++" in caplog.text
 
 
@@ -166,5 +327,6 @@ def test_mixed_dtypes_run_plainly() -> None:
 def test_the_kernel_is_built_once() -> None:
     with mock.patch("torch._inductor.codecache.CppCodeCache.load", wraps=None) as load:
         for _ in range(2):
-            fused.is_built(GATED.replace("* 2", "* 2.25"), 1, 2, 1, 1)
+            is_built(GATED.replace("* 2", "* 2.25"), [random(3)], [random(4, 3), random(4, 3)],
+                     [random(3)])
     assert load.call_count == 1

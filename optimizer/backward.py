@@ -1,0 +1,357 @@
+"""The backward of a fused scan: a step of its own, and what runs at once for all steps.
+
+The differentiated step walks from the last step to the first; its carries are the gradients of
+the carries. Products that do not lie on this cycle run outside it, one for all steps: those that
+need no gradient before it, those that make the gradient of a matrix after it, where the sum over
+the steps is part of the product. Other gradients of invariants are summed in the walk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .axes import PERMUTES, PRODUCTS, RESHAPES, shape
+from .emit import emit
+from .facts import aten
+from .pointwise import SAME, constant, number
+from .step import Sizes, aside, functional_graph, step_function, traced
+
+LINEAR = RESHAPES | PERMUTES | {
+    aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
+    aten.detach.default, aten.alias.default}
+SCALED = {aten.mul.Tensor, aten.div.Tensor}
+
+Counts = tuple[int, int, int]  # of carries, slices and invariants
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a product multiplies: something known for all steps, and views of it."""
+
+    name: str
+    views: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of an invariant's gradient: `chain`, linear, of the sum over steps of its root.
+
+    The root is a sum that the walk carries, or of factors: the product of two, or one as it is.
+    """
+
+    chain: tuple[Node, ...]
+    carry: int = -1
+    factors: tuple[Factor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A differentiated step, and by name what it reads and makes for all steps.
+
+    Names: `history_k` (of a carry), `slice_k`, `grad_k` (of an output), `before_k` (results of
+    `before`, one step's products of `before_slices` and all invariants), `to_slice_k`.
+    """
+
+    step: str
+    sizes: tuple[Sizes, ...]  # of the step's arguments
+    sums: tuple[Sizes, ...]  # of the carries beside the gradients of the carries
+    slices: tuple[str, ...]
+    invariants: tuple[int, ...]
+    outputs: tuple[str, ...]
+    before: GraphModule | None
+    before_slices: tuple[str, ...]
+    pieces: dict[str, tuple[str, int, int, int]]  # parts of outputs: which; axis, start, size
+    to_invariants: dict[int, tuple[Term, ...]]
+
+    @property
+    def histories(self) -> list[int]:
+        """The carries whose values at each step are read."""
+        factors = [f.name for terms in self.to_invariants.values() for t in terms
+                   for f in t.factors]
+        names = {*self.slices, *self.before_slices, *factors}
+        return sorted(int(n.removeprefix("history_")) for n in names if n.startswith("history_"))
+
+
+@lru_cache(maxsize=256)
+def backward_of(
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...]
+) -> Backward:
+    """The backward of a step on arguments of `sizes`, as far as their gradients are `wanted`."""
+    graph_module, present = aside(lambda: _joint(step, sizes, counts, wanted))
+    return _Division(graph_module, counts, present).made()
+
+
+def _joint(
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...]
+) -> tuple[GraphModule, list[int]]:
+    """The differentiated step, and which arguments it has gradients for, carries all."""
+    held, read, _ = counts
+    function: Any = step_function(step)  # not its core operations: formulas of gradients are safer
+    results: Any = traced(step, sizes).graph.output_node().args[0]
+    made = [shape(n) for n in results]
+    present: list[int] = []
+
+    def backward(*given: Tensor) -> list[Tensor]:
+        grads, rest = given[:held], given[held:]
+        to_outputs = rest[held + read : held + read + len(made) - held]
+        arguments = [*rest[: held + read], *rest[held + read + len(made) - held :]]
+        inputs = [x.detach().requires_grad_(k < held or wanted[k])
+                  for k, x in enumerate(arguments)]
+        with torch.enable_grad():
+            results = function(*inputs)
+        to = [k for k, x in enumerate(inputs) if x.requires_grad]
+        pairs = [(r, g) for r, g in zip(results, (*grads, *to_outputs), strict=True)
+                 if r.requires_grad]
+        found = torch.autograd.grad([r for r, _ in pairs], [inputs[k] for k in to],
+                                    [g for _, g in pairs], allow_unused=True) if pairs \
+            else [None] * len(to)
+        present[:] = [k for k, g in zip(to, found, strict=True) if k < held or g is not None]
+        return [torch.zeros_like(inputs[k]) if g is None else g
+                for k, g in zip(to, found, strict=True) if k in present]
+
+    like = [*sizes[:held], *sizes[: held + read], *made[held:], *sizes[held + read :]]
+    with torch.enable_grad():
+        graph_module = make_fx(backward)(*[torch.full(size, 0.5) for size in like])
+    graph_module = functional_graph(graph_module, like)  # gradients' formulas write in place
+    _simplify(graph_module.graph)
+    names = [*(f"carry_{k}" for k in range(held)), *(f"history_{k}" for k in range(held)),
+             *(f"slice_{k}" for k in range(read)), *(f"grad_{k}" for k in range(len(made) - held)),
+             *(f"invariant_{k}" for k in range(counts[2]))]
+    heads = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    for head, name in zip(heads, names, strict=True):
+        head.name = name
+    return graph_module, present
+
+
+def _simplify(graph: Graph) -> None:
+    """Without operations that change no number; what fills an axis piece by piece joins pieces."""
+    for node in list(graph.nodes):
+        same = node.target in SAME and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        if same or (node.target is aten.mul.Scalar and node.args[1] == 1):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):  # the last of a chain of additions first
+        joined = _joined(graph, node) if node.target is aten.add.Tensor else None
+        if joined is not None:
+            node.replace_all_uses_with(joined)
+    graph.eliminate_dead_code()
+
+
+def _joined(graph: Graph, node: Node) -> Node | None:
+    """A sum of pieces, each written to zeros along one axis, as the join of them and zeros."""
+    leaves, stack = [], [node]
+    while stack:
+        leaf = stack.pop()
+        if leaf.target is aten.add.Tensor and not leaf.kwargs:
+            stack += [a for a in leaf.args if isinstance(a, Node)]
+        else:
+            leaves.append(leaf)
+    found = [_piece(leaf) for leaf in leaves]
+    if any(p is None for p in found) or len({p.axis for p in found if p}) != 1:
+        return None
+    pieces = sorted((p for p in found if p), key=lambda p: p.start)
+    starts, stops = [p.start for p in pieces], [p.start + shape(p.node)[p.axis] for p in pieces]
+    size = shape(node)[pieces[0].axis]
+    if starts != [0, *stops[:-1]] or stops[-1] != size:
+        return None
+    with graph.inserting_before(node):
+        made = graph.call_function(aten.cat.default, ([p.node for p in pieces], pieces[0].axis))
+    made.meta.update(node.meta)
+    return made
+
+
+@dataclass(frozen=True)
+class _Piece:
+    node: Node
+    axis: int
+    start: int
+
+
+def _piece(node: Node) -> _Piece | None:
+    """What is written to zeros, and where."""
+    if node.target is not aten.slice_scatter.default:
+        return None
+    given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 2 :]]
+    base, part, axis, start, _, step = given
+    zeros = constant(base) == number(0)
+    return _Piece(part, axis, start or 0) if zeros and step == 1 else None
+
+
+def _pieces(wanted: dict[str, Node]) -> dict[str, tuple[str, int, int, int]]:
+    """Those of the wanted values that are parts of others."""
+    found: dict[str, tuple[str, int, int, int]] = {}
+    for whole, node in wanted.items():
+        if node.target is aten.cat.default:
+            parts: Any = node.args[0]
+            axis: Any = node.args[1] if len(node.args) > 1 else 0
+            stops = list(accumulate(shape(p)[axis] for p in parts))
+            for name, other in wanted.items():
+                if other in parts and name not in found:
+                    k = parts.index(other)
+                    size = shape(other)[axis]
+                    found[name] = whole, axis % len(shape(node)), stops[k] - size, size
+    return found
+
+
+class _Division:
+    """A differentiated step, divided into what runs before, in and after the walk."""
+
+    def __init__(self, graph_module: GraphModule, counts: Counts, present: list[int]) -> None:
+        self.root, self.graph = graph_module, graph_module.graph
+        self.counts, self.present = counts, present
+        nodes = list(self.graph.nodes)
+        self.heads = [n for n in nodes if n.op == "placeholder"]
+        self.results = cast(list[Node], list(nodes[-1].args[0]))
+        self.varies: set[Node] = set()  # from step to step
+        self.walks: set[Node] = set()  # what depends on the walk's carries
+        for node in nodes[:-1]:
+            inputs = set(node.all_input_nodes)
+            head = node.name if node in self.heads else "invariant"
+            if not head.startswith("invariant") or not inputs.isdisjoint(self.varies):
+                self.varies.add(node)
+            if head.startswith("carry") or not inputs.isdisjoint(self.walks):
+                self.walks.add(node)
+        self.early = [n for n in nodes if n.target in PRODUCTS and n in self.varies
+                      and n not in self.walks
+                      and any(a not in self.varies for a in n.all_input_nodes)]
+
+    def made(self) -> Backward:
+        held, read, _ = self.counts
+        to = dict(zip(self.present[held:], self.results[held:], strict=True))
+        wanted = {f"to_slice_{k - held}": node for k, node in to.items() if k < held + read}
+        sums: list[Node] = []
+        ends = {k - held - read: self._terms(n) for k, n in to.items() if k >= held + read}
+        for root, _ in [end for found in ends.values() for end in found]:
+            if root.target in PRODUCTS:  # first: their factors may be what another root is
+                self._factors(root, wanted)
+        to_invariants = {k: tuple(self._term(root, chain, sums, wanted) for root, chain in found)
+                         for k, found in ends.items()}
+        pieces = _pieces(wanted)
+        wanted = {name: node for name, node in wanted.items() if name not in pieces}
+        graph_module, read_there = self._walk(self.results[:held], sums, list(wanted.values()))
+        self.early = [n for n in self.early if n in read_there]
+        fixed = [n for n in read_there if self._is_fixed(n)]
+        before, heads = self._before() if self.early else (None, [])
+        return Backward(
+            emit(graph_module, "step"),
+            tuple(shape(n) for n in (*self.heads[:held], *sums, *read_there)),
+            tuple(shape(n) for n in sums),
+            tuple(self._name(n) for n in read_there if n not in fixed),
+            tuple(int(n.name.removeprefix("invariant_")) for n in fixed), tuple(wanted),
+            before, tuple(n.name for n in heads), pieces, to_invariants,
+        )
+
+    def _is_fixed(self, node: Node) -> bool:
+        return node in self.heads and node.name.startswith("invariant_")
+
+    def _name(self, node: Node) -> str:
+        return f"before_{self.early.index(node)}" if node in self.early else node.name
+
+    def _terms(self, node: Node, chain: tuple[Node, ...] = ()) -> list[tuple[Node, Any]]:
+        """The summands of a gradient, each the end of a chain of linear operations."""
+        source = node.args[0] if node.args else None
+        if node.target is aten.add.Tensor and not node.kwargs and all(
+            isinstance(a, Node) and shape(a) == shape(node) for a in node.args
+        ):
+            return [term for a in node.args for term in self._terms(cast(Node, a), chain)]
+        scaled = node.target in SCALED and isinstance(node.args[1], (int, float))
+        if isinstance(source, Node) and (node.target in LINEAR or scaled):
+            return self._terms(source, (node, *chain))
+        largest = max(math.prod(shape(h)) for h in self.heads)
+        while chain and math.prod(shape(node)) > largest and node.target not in PRODUCTS:
+            node, chain = chain[0], chain[1:]
+        return [(node, chain)]
+
+    def _term(
+        self, root: Node, chain: tuple[Node, ...], sums: list[Node], wanted: dict[str, Node]
+    ) -> Term:
+        if root.target in PRODUCTS:
+            return Term(chain, factors=self._factors(root, wanted))
+        name = next((name for name, node in wanted.items() if node is root), None)
+        if name is not None:
+            return Term(chain, factors=(Factor(name, ()),))
+        if root not in sums:
+            sums.append(root)
+        return Term(chain, carry=sums.index(root))
+
+    def _factors(self, product: Node, wanted: dict[str, Node]) -> tuple[Factor, ...]:
+        """What a product multiplies; the walk returns what is not there before it."""
+        made = []
+        for factor in cast(tuple[Node, Node], product.args):
+            views: tuple[Node, ...] = ()
+            while factor.target in PERMUTES:
+                factor, views = cast(Node, factor.args[0]), (factor, *views)
+            if factor in self.heads and not factor.name.startswith("carry_"):
+                made.append(Factor(factor.name, views))
+                continue
+            name = next((name for name, node in wanted.items() if node is factor),
+                        f"factor_{len(wanted)}")
+            wanted[name] = factor
+            made.append(Factor(name, views))
+        return tuple(made)
+
+    def _walk(
+        self, carries: list[Node], sums: list[Node], outputs: list[Node]
+    ) -> tuple[GraphModule, list[Node]]:
+        """The walk's step, and what it reads beside its carries."""
+        held = self.counts[0]
+        cut = {*self.heads, *self.early}
+        needed: dict[Node, None] = {}
+        stack = [*carries, *sums, *outputs]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed[node] = None
+                stack += [] if node in cut else node.all_input_nodes
+        order = [*self.heads[held:], *self.early]
+        read = [n for n in order if n in needed]
+        fixed = [n for n in read if self._is_fixed(n)]
+        moving = [n for n in read if n not in fixed]
+        if not moving:  # something has to say how many steps there are
+            moving = [next(n for n in self.heads if n.name.startswith("slice_"))]
+        graph = Graph()
+        inner: dict[Node, Node] = {}
+        for node in self.heads[:held]:
+            inner[node] = graph.placeholder(node.name)
+        totals = [graph.placeholder(f"sum_{k}") for k in range(len(sums))]
+        for node in (*moving, *fixed):
+            inner[node] = graph.placeholder(self._name(node))
+        for node in self.graph.nodes:
+            if node in inner:
+                inner[node].meta.update(node.meta)
+            elif node in needed and node.op != "output":
+                inner[node] = graph.node_copy(node, inner.__getitem__)
+        for total, node in zip(totals, sums, strict=True):
+            total.meta.update(node.meta)
+        added = [graph.call_function(aten.add.Tensor, (t, inner[n]))
+                 for t, n in zip(totals, sums, strict=True)]
+        graph.output([*(inner[n] for n in carries), *added, *(inner[n] for n in outputs)])
+        return GraphModule(self.root, graph), [*moving, *fixed]
+
+    def _before(self) -> tuple[GraphModule, list[Node]]:
+        """The products of one step that need no gradient, and what they read per step."""
+        needed: set[Node] = set()
+        stack = list(self.early)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack += node.all_input_nodes
+        read = [h for h in self.heads if h in needed and not self._is_fixed(h)]
+        graph, inner = Graph(), {}
+        for node in (*read, *filter(self._is_fixed, self.heads)):
+            inner[node] = graph.placeholder(node.name)
+        for node in self.graph.nodes:
+            if node in needed and node not in inner:
+                inner[node] = graph.node_copy(node, inner.__getitem__)
+        graph.output(tuple(inner[n] for n in self.early))
+        return GraphModule(self.root, graph), read
