@@ -178,6 +178,7 @@ class _Kernel:
         self.made_in: dict[str, int] = {}  # buffer → its group, or the last of them
         self.indirect: set[str] = set()  # buffers that are complete only after their groups
         self.buffers: dict[str, Place] = {}
+        self.names: dict[str, str] = {}  # of nodes in the kernel
         self.needed: set[str] = set()  # buffers that another loop reads
         self.last_reads: dict[str, int] = {}  # buffer → the first group that may change it
         self.heads = [n for n in graph.nodes if n.op == "placeholder"]
@@ -409,7 +410,9 @@ class _Kernel:
     # loops
 
     def _buffer(self, name: str, sizes: Sizes, lane: bool, mask: bool = False) -> Place:
-        place = Place(f"{name}_", sizes, contiguous(sizes), lane, 0, math.prod(sizes), mask)
+        self.names[name] = f"v{len(self.names)}"  # the same kernel, whatever its values are called
+        place = Place(f"{self.names[name]}_", sizes, contiguous(sizes), lane, 0, math.prod(sizes),
+                      mask)
         self.buffers[place.buffer] = place
         return place
 
@@ -425,6 +428,7 @@ class _Kernel:
         return Read(place, tuple(s for s, n in zip(strides, sizes, strict=True) if n > 1))
 
     def _compute(self, name: str, reads: list[Read], text: Callable[[list[str]], str]) -> None:
+        name = self.names[name]
         place = self.buffers[f"{name}_"]
         member = Member(reads, text, name)
         self.made_in[place.buffer] = self._schedule(place.sizes, place.lane, member)

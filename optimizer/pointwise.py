@@ -18,7 +18,6 @@ TEMPLATES = {
         "expm1", "log1p", "floor", "ceil")},
     "mul": "{0} * {1}", "div": "{0} / {1}", "add": "{0} + {alpha} * {1}",
     "sub": "{0} - {alpha} * {1}", "rsub": "{1} - {alpha} * {0}",
-    "addcmul": "{0} + {value} * {1} * {2}", "addcdiv": "{0} + {value} * {1} / {2}",
     "maximum": "at::vec::maximum({0}, {1})", "minimum": "at::vec::minimum({0}, {1})",
     "sigmoid": "(V(S(1)) + {0}.neg().exp()).reciprocal()",
     "relu": "at::vec::maximum({0}, V(S(0)))",
@@ -103,10 +102,9 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
         known = POWERS.get(float(args[1]))
         return known.format(value(args[0])) if known else f"{value(args[0])}.pow({number(args[1])})"
     template = TEMPLATES.get(name)
-    if template is None or set(node.kwargs) - {"alpha", "value"}:
+    if template is None or set(node.kwargs) - {"alpha"}:
         raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
-    scales = {"alpha": 1, "value": 1, **node.kwargs}
-    for key, scale in scales.items():
-        if scale == 1:
-            template = template.replace(f"{{{key}}} * ", "")
-    return template.format(*map(value, args), **{k: number(s) for k, s in scales.items()})
+    alpha = node.kwargs.get("alpha", 1)
+    if alpha == 1:
+        template = template.replace("{alpha} * ", "")
+    return template.format(*map(value, args), alpha=number(alpha))

@@ -68,12 +68,15 @@ def _layer_norm(
     return (made if bias is None else made + bias), mean, scale
 
 
-KEPT = (aten.addcmul.default, aten.addcdiv.default, aten.slice_scatter.default,
-        aten.select_scatter.default)  # which the kernel has rules for
+def _addcmul(c: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return c + (a if value == 1 else value * a) * b
+
+
+KEPT = (aten.slice_scatter.default, aten.select_scatter.default)  # which the kernel has rules for
 RULES = {
     **core_aten_decompositions(), **get_decompositions(COMPOSED),
     aten.mean.dim: _mean, aten.mean.default: _mean, aten.addmm.default: _addmm,
-    aten.var.correction: _var, aten._softmax.default: _softmax,
+    aten.addcmul.default: _addcmul, aten.var.correction: _var, aten._softmax.default: _softmax,
     aten._log_softmax.default: _log_softmax, aten.native_layer_norm.default: _layer_norm,
 }
 for kept in KEPT:
