@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tag, Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from .facts import aten
+from .pointwise import SAME, Unsupported
 
 Part = int
 Axis = tuple[Part, ...]  # the slowest part first; () where the size is 1
@@ -33,6 +35,8 @@ CUTS = {aten.slice.Tensor, aten.select.int, aten.cat.default, aten.split_with_si
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 MADE = {aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default,
         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+PLAIN = SAME | {aten.expand.default, aten.zeros_like.default, aten.ones_like.default,
+                aten.full_like.default}
 
 
 def shape(node: Node) -> tuple[int, ...]:
@@ -134,6 +138,11 @@ class Axes:
             return self._scattered(node)
         if target in CUTS:
             return self._cut(node, sizes)
+        if not isinstance(target, OpOverload) or not (
+            target in PLAIN or Tag.pointwise in target.tags
+        ):
+            name = getattr(target, "_opname", target)
+            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
         made: list[Axis] = [()] * len(sizes)
         for source in sources:  # pointwise: sizes are aligned at the end, ones are broadcast
             axes = self._of[source]

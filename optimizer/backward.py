@@ -135,8 +135,7 @@ def _joint(
 def _simplify(graph: Graph) -> None:
     """Without operations that change no number; what fills an axis piece by piece joins pieces."""
     for node in list(graph.nodes):
-        same = node.target in SAME and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        if same or (node.target is aten.mul.Scalar and node.args[1] == 1):
+        if _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):  # the last of a chain of additions first
@@ -144,6 +143,25 @@ def _simplify(graph: Graph) -> None:
         if joined is not None:
             node.replace_all_uses_with(joined)
     graph.eliminate_dead_code()
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):  # what formulas compute twice
+        key = node.op == "call_function" and (node.target, repr(node.args), repr(node.kwargs))
+        if key and seen.setdefault(key, node) is not node:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+
+
+def _changes_nothing(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    if node.target in SAME:
+        return bool(node.meta["val"].dtype == source.meta["val"].dtype)
+    if node.target in RESHAPES or node.target is aten.expand.default:
+        return shape(node) == shape(source)
+    if node.target is aten.permute.default:
+        return node.args[1] == list(range(len(shape(node))))
+    return node.target is aten.mul.Scalar and node.args[1] == 1
 
 
 def _joined(graph: Graph, node: Node) -> Node | None:

@@ -244,28 +244,42 @@ class _Selecting:
     def _measured(
         self, outcome: Outcome, verdict: Verdict
     ) -> tuple[Outcome, Verdict, Comparison | None]:
-        """Time the whole model with and without each group; drop the losers; check the budget."""
+        """Time the whole model with and without each group; drop the losers; check the budget.
+
+        The greatest loser goes first: without it, others may be worth what they cost.
+        """
         bundles = self._bundles(outcome)
-        variants = {"looplift": outcome}
-        for name, groups in bundles.items():
-            self.progress(f"measuring without {name} ({self.mode})")
-            variants[name] = self._rewrite(frozenset(groups))
-        timed = self._timed(self._modules(variants), rounds=5)
-        losers = []
-        for name, groups in bundles.items():
-            worth = 1 / timed.gain(name)  # ratios are to the first variant, all rewrites
-            self.worth |= dict.fromkeys(groups, worth)
-            if worth < 1 - max(min(timed.noise, BUSY), 0.02):
-                losers.append(name)
-                self._decline(groups, f"loses: the model is {1 / worth:.2f}x faster without it")
-        if losers:
-            self.excluded |= {g for name in losers for g in bundles[name]}
-            outcome = self._rewrite()
+        dropped = False
+        while bundles and (losers := self._losers(outcome, bundles)):
+            worst = max(losers, key=losers.__getitem__)
+            reason = f"loses: the model is {losers[worst]:.2f}x faster without it"
+            self._decline(bundles[worst], reason)
+            self.excluded |= set(bundles[worst])
+            outcome, dropped = self._rewrite(), True
+            bundles = {n: [g for g in bundles[n] if g in outcome.groups]
+                       for n in losers if n != worst}
+            bundles = {name: groups for name, groups in bundles.items() if groups}
+        if dropped:
             verdict = self._verify(outcome) if outcome.applied else verdict
             if isinstance(verdict, Differs):
                 self._decline(outcome.groups, str(verdict))
                 return Outcome(outcome.graph_module), verdict, None
         return self._within_budget(outcome, verdict)
+
+    def _losers(self, outcome: Outcome, bundles: dict[str, list[Group]]) -> dict[str, float]:
+        """Those without which the model is faster, and how much."""
+        variants = {"looplift": outcome}
+        for name, groups in bundles.items():
+            self.progress(f"measuring without {name} ({self.mode})")
+            variants[name] = self._rewrite(frozenset(groups))
+        timed = self._timed(self._modules(variants), rounds=5)
+        losers = {}
+        for name, groups in bundles.items():
+            worth = 1 / timed.gain(name)  # ratios are to the first variant, all rewrites
+            self.worth |= dict.fromkeys(groups, worth)
+            if worth < 1 - max(min(timed.noise, BUSY), 0.02):
+                losers[name] = 1 / worth
+        return losers
 
     def _within_budget(
         self, outcome: Outcome, verdict: Verdict

@@ -195,7 +195,7 @@ class _Sinking:
             made = self._viewed(node, axis, there[source], cast(int, place), graph)
         else:
             made = graph.node_copy(node, there.__getitem__)
-        made.meta["val"] = value(node).select(axis, 0)
+        made.meta.setdefault("val", value(node).select(axis, 0))
         known[node, axis] = made
         return made
 
@@ -206,6 +206,8 @@ class _Sinking:
         sizes = [n for a, n in enumerate(shape(node)) if a != axis]
         if node.target is aten.permute.default:
             order = [p - (p > was) for p in args[1] if p != was]
+            if order == list(range(len(order))):
+                return source
             return graph.call_function(aten.permute.default, (source, order))
         if node.target is aten.expand.default:
             return graph.call_function(aten.expand.default, (source, sizes))
@@ -213,4 +215,6 @@ class _Sinking:
             where = args[1] % len(shape(args[0]))
             moved = where - (where > was)
             return graph.call_function(node.target, (source, moved, *args[2:]))
+        if sizes == [n for a, n in enumerate(shape(args[0])) if a != was]:
+            return source
         return graph.call_function(aten.reshape.default, (source, sizes))

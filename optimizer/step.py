@@ -81,6 +81,10 @@ RULES = {
 }
 for kept in KEPT:
     RULES.pop(kept, None)
+RENAMED: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default,
+    aten.squeeze_.dim: aten.squeeze.dim,  # of a product that has no other reader
+}
 
 
 @lru_cache(maxsize=256)
@@ -116,7 +120,6 @@ def functional_graph(function: Callable[..., Any], sizes: Sequence[Sizes]) -> Gr
 def reshaped(graph_module: GraphModule) -> None:
     """Let views be copies, whatever strides arguments have; without what nobody uses."""
     for node in graph_module.graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
+        node.target = RENAMED.get(node.target, node.target)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()

@@ -128,6 +128,21 @@ def test_a_rewrite_that_loses_is_dropped_with_its_number(monkeypatch: pytest.Mon
     assert reasons == ["loses: the model is 1.50x faster without it"]
 
 
+def test_the_greatest_loser_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loses beside another rewrite may win without it."""
+
+    def interleaved(candidates: Mapping[str, Any], **given: Any) -> Comparison:
+        beside = any("batch" in name for name in candidates)
+        ratios = {"looplift": 2.0, "batch": 1.5, "change": 1.2 if beside else 0.8}
+        return timed(ratios)(candidates, **given)
+
+    monkeypatch.setattr(select, "interleaved", interleaved)
+    told = optimized(Change(same))
+    assert "change" in {r["pass_name"] for r in told["rewrites"]}
+    assert [d["pass_name"] for d in told["declined"] if "loses" in d["reason"]] \
+        == ["batch-timesteps"]
+
+
 def test_worth_is_the_time_without_over_the_time_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0, "batch": 0.5}))
     worth = {r["pass_name"]: r["worth"] for r in optimized()["rewrites"]}
