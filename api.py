@@ -48,8 +48,8 @@ def apply_passes(
     allow_random_reorder: let random operations be reordered or merged.
     verify, measure: switch these off and the report says so.
     tolerance: the relative difference allowed between float64 results, 1e-9 if None.
-    memory_budget: the result's peak memory over the model's, at most; in inference, what would pass
-        it is batched in slabs of steps.
+    memory_budget: the result's peak memory over the model's, at most (16 MiB count as little
+        memory for any model); in inference, what would pass it is batched in slabs of steps.
     dynamic_shapes: the input axes that may have any size, as torch.export takes them:
         `{"x": {1: Dim("T", min=2)}}`. One program is made for all sizes where there is one;
         for the lengths of long loops that is tried anyway.

@@ -23,7 +23,7 @@ from .axes import PERMUTES, PRODUCTS, RESHAPES, shape
 from .emit import emit
 from .facts import aten
 from .pointwise import SAME, constant, number
-from .step import Sizes, aside, functional_graph, step_function, traced
+from .step import Sizes, aside, functional_graph, halves, step_function, traced
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
@@ -120,7 +120,7 @@ def _joint(
 
     like = [*sizes[:held], *sizes[: held + read], *made[held:], *sizes[held + read :]]
     with torch.enable_grad():
-        graph_module = make_fx(backward)(*[torch.full(size, 0.5) for size in like])
+        graph_module = make_fx(backward)(*halves(like))
     graph_module = functional_graph(graph_module, like)  # gradients' formulas write in place
     _simplify(graph_module.graph)
     names = [*(f"carry_{k}" for k in range(held)), *(f"history_{k}" for k in range(held)),
@@ -161,7 +161,7 @@ def _changes_nothing(node: Node) -> bool:
         return shape(node) == shape(source)
     if node.target is aten.permute.default:
         return node.args[1] == list(range(len(shape(node))))
-    return node.target is aten.mul.Scalar and node.args[1] == 1
+    return node.target is aten.mul.Scalar and node.args[1] in (1, 1.0)
 
 
 def _joined(graph: Graph, node: Node) -> Node | None:

@@ -136,11 +136,11 @@ class EachLength:
         todo = [untraced, beyond, *_up_to(wanted, beyond, found, selection.mode == "training")]
         try:
             one = self._one_source(chosen_at)
+            self._verify(lambda _: one, todo)
         except NotOneProgram as why:
             self._verify(self._at, todo)
             self.leaves = self._resized(found.first)  # it lives on
             return Chosen(selection, self, found.first[0], str(why))
-        self._verify(lambda _: one, todo)
         return Chosen(selection, _always(one), self._shortest(one))
 
     def __call__(self, leaves: Sequence[Any]) -> nn.Module:

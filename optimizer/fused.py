@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import Term, backward_of
+from .backward import backward_of
 from .kernel import contiguous
 from .loop import plain_loop
-from .packing import Counts, kernel_for, packed, step_sizes, step_strides
+from .packing import kernel_for, packed, step_sizes, step_strides
 from .pointwise import Unsupported
-from .step import Sizes, step_function, traced
+from .step import step_function
+from .walk import backward, keep, result_sizes
 
 log = logging.getLogger(__name__)
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
@@ -117,150 +118,19 @@ def _(
     outputs: int, reverse: bool,
 ) -> list[Tensor]:
     given = (*carries, *slices, *invariants)
-    results = _results(step, step_sizes(carries, slices, invariants))
+    results = result_sizes(step, step_sizes(carries, slices, invariants))
     steps = slices[0].shape[0]
     made = [given[0].new_empty(shape) for shape in results[: len(carries)]]
     return made + [given[0].new_empty((steps, *shape)) for shape in results[len(carries) :]]
 
 
-@lru_cache(maxsize=256)
-def _results(step: str, sizes: tuple[Sizes, ...]) -> list[Sizes]:
-    """The sizes of what a step returns."""
-    found: Any = traced(step, sizes).graph.output_node().args[0]
-    return [tuple(n.meta["val"].shape) for n in found]
-
-
-@lru_cache(maxsize=256)
-def _shown(step: str, sizes: tuple[Sizes, ...], held: int) -> dict[int, tuple[int, bool]]:
-    """The carries that a step returns: by number the output, and if it is the carry after it."""
-    graph = traced(step, sizes).graph
-    results: Any = graph.output_node().args[0]
-    heads = [n for n in graph.nodes if n.op == "placeholder"][:held]
-    return {k: (j, after) for k in range(held) for j, node in enumerate(results[held:])
-            for after in (False, True) if node is (results[k] if after else heads[k])}
-
-
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.step, carries, slices, invariants, _, ctx.reverse = inputs
-    ctx.counts = len(carries), len(slices), len(invariants)
-    ctx.shown = _shown(ctx.step, step_sizes(carries, slices, invariants), len(carries))
-    shown = [output[len(carries) + number] for number, _ in ctx.shown.values()]
-    ctx.save_for_backward(*carries, *slices, *invariants, *shown)
-
-
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    (held, read, fixed), saved = ctx.counts, ctx.saved_tensors
-    carries, slices = saved[:held], saved[held : held + read]
-    invariants = saved[held + read : held + read + fixed]
-    shown = dict(zip(ctx.shown, saved[held + read + fixed :], strict=True))
-    sizes = step_sizes(carries, slices, invariants)
-    results, steps = _results(ctx.step, sizes), slices[0].shape[0]
-    given = [carries[0].new_zeros([steps] * (k >= held) + list(size)) if g is None else g
-             for k, (g, size) in enumerate(zip(grads, results, strict=True))]
-    wanted = tuple(t.requires_grad for t in (*carries, *slices, *invariants))
-    back = backward_of(ctx.step, sizes, ctx.counts, wanted)
-    known = {**{f"slice_{k}": t for k, t in enumerate(slices)},
-             **{f"grad_{k}": t for k, t in enumerate(given[held:])},
-             **{f"invariant_{k}": t.expand(steps, *t.shape) for k, t in enumerate(invariants)}}
-    own: set[str] = set()  # what no one else reads
-    for k in back.histories:
-        if k in shown:
-            own |= {f"history_{k}"} if ctx.shown[k][1] else set()
-            known[f"history_{k}"] = _history(carries[k], shown[k], ctx.shown[k][1], ctx.reverse)
-    again = _recomputed(ctx, back.histories, carries, slices, invariants, known)
-    known |= again
-    own |= again.keys()
-    if back.before is not None:
-        per_step = [known[name] for name in back.before_slices]
-        axes = (*[0] * len(per_step), *[None] * fixed)
-        made = torch.vmap(back.before, in_dims=axes)(*per_step, *invariants)
-        known |= {f"before_{k}": t for k, t in enumerate(made)}
-        own |= {f"before_{k}" for k in range(len(made))}
-    starts = [*given[:held], *(carries[0].new_zeros(size) for size in back.sums)]
-    walked = (back.step, starts, [known[name] for name in back.slices],
-              [invariants[k] for k in back.invariants])
     # gradients of gradients, and traces, go through the operator
-    if torch.is_grad_enabled() or any(type(t) is not Tensor for t in (*starts, *walked[2])):
-        found = fused_scan(*walked, len(back.outputs), not ctx.reverse)
-    else:
-        factors = {f.name for terms in back.to_invariants.values() for t in terms
-                   for f in t.factors}
-        found = _run(*walked, not ctx.reverse, frozenset(
-            k for k, name in enumerate(back.slices) if name in own and name not in factors))
-    known |= dict(zip(back.outputs, found[len(starts) :], strict=True))
-    known |= {name: known[whole].narrow(axis + 1, start, size)
-              for name, (whole, axis, start, size) in back.pieces.items()}
-    return (
-        None, list(found[:held]), [known.get(f"to_slice_{k}") for k in range(read)],
-        [_total(back.to_invariants[k], found[held : len(starts)], known)
-         if k in back.to_invariants else None for k in range(fixed)],
-        None, None,
-    )
+    given = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
+    if torch.is_grad_enabled() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
+        return backward(lambda *args: fused_scan(*args[:-1]), True, ctx, grads)
+    return backward(lambda step, carries, slices, invariants, _, reverse, spent:
+                    _run(step, carries, slices, invariants, reverse, spent), False, ctx, grads)
 
 
-def _history(first: Tensor, shown: Tensor, after: bool, reverse: bool) -> Tensor:
-    """A carry as each step found it, of what the steps returned of it."""
-    if not after:
-        return shown
-    start = first.unsqueeze(0)
-    return torch.cat([shown[1:], start] if reverse else [start, shown[:-1]])
-
-
-def _recomputed(
-    ctx: Any, wanted: Sequence[int], carries: Sequence[Tensor], slices: Sequence[Tensor],
-    invariants: Sequence[Tensor], known: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """The carries that no output shows, computed again; those that are known are slices."""
-    held = ctx.counts[0]
-    if all(f"history_{k}" in known for k in wanted):
-        return {}
-    there = tuple(k for k in range(held) if f"history_{k}" in known)
-    rest = [k for k in range(held) if k not in there]
-    step = _with_history(ctx.step, ctx.counts, there)
-    found = fused_scan(step, [carries[k] for k in rest],
-                       [*(known[f"history_{k}"] for k in there), *slices], list(invariants),
-                       len(rest), ctx.reverse)
-    return {f"history_{k}": t for k, t in zip(rest, found[len(rest) :], strict=True)}
-
-
-@lru_cache(maxsize=256)
-def _with_history(step: str, counts: Counts, there: tuple[int, ...]) -> str:
-    """The step that returns the carries as it found them; those `there` are slices."""
-    held, read, fixed = counts
-    rest = [f"carry_{k}" for k in range(held) if k not in there]
-    others = [*(f"slice_{k}" for k in range(read)), *(f"invariant_{k}" for k in range(fixed))]
-    names = [*rest, *(f"carry_{k}" for k in there), *others]
-    all_names = [*(f"carry_{k}" for k in range(held)), *others]
-    indented = step.strip().replace("\n", "\n    ")
-    nexts = ", ".join(f"results[{k}]" for k in range(held) if k not in there)
-    return (f"def step({', '.join(names)}):\n    {indented}\n"
-            f"    results = step({', '.join(all_names)})\n"
-            f"    return [{nexts}, {', '.join(rest)}]\n")
-
-
-def _total(terms: Sequence[Term], sums: Sequence[Tensor], known: dict[str, Tensor]) -> Tensor:
-    """An invariant's gradient."""
-    totals = []
-    for term in terms:
-        factors = [_viewed(known[f.name], f.views) for f in term.factors]
-        if len(factors) == 1:
-            total = factors[0].sum(0)
-        elif factors:
-            left, right = factors[0].movedim(0, -2), factors[1].movedim(0, -3)
-            total = left.flatten(-2) @ right.flatten(-3, -2)  # the sum over steps is in it
-        else:
-            total = sums[term.carry]
-        for node in term.chain:
-            function: Any = node.target
-            total = function(total, *node.args[1:], **node.kwargs)
-        totals.append(total)
-    return sum(totals[1:], totals[0])
-
-
-def _viewed(tensor: Tensor, views: Sequence[Any]) -> Tensor:
-    for node in views:
-        tensor = torch.vmap(lambda x, node=node: node.target(x, *node.args[1:]))(tensor)
-    return tensor
-
-
-fused_scan.register_autograd(_backward, setup_context=_keep)
+fused_scan.register_autograd(_backward, setup_context=keep)

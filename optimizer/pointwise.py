@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from .facts import aten
 
-SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default}
+SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default,
+        aten.lift_fresh_copy.default}
 TEMPLATES = {
     **{name: f"{{0}}.{name}()" for name in (
         "exp", "log", "sqrt", "rsqrt", "reciprocal", "tanh", "neg", "abs", "sin", "cos", "erf",

@@ -28,7 +28,7 @@ from .rewritten import Rewritten
 from .verdict import Differs, NotVerified, Verdict
 from .verify import fresh_state, verify
 
-LITTLE = 1 << 20  # bytes of peak memory: what takes less may as well take so much
+LITTLE = 1 << 24  # bytes of peak memory: what takes less may as well take so much
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 LARGE = 5000  # nodes: a graph of more is not run unrolled to see what re-rolling it is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
@@ -299,7 +299,7 @@ class _Selecting:
             if slabbed is not None:
                 outcome, verdict = slabbed
                 continue
-            heaviest = self._heaviest(outcome)
+            heaviest = self._heaviest(outcome, budget)
             self._decline(
                 heaviest, f"needs {ours.memory / max(naive.memory, 1):.2f}x the naive peak memory "
                 f"(allowed: {self.options.memory_budget:.2f}x)",
@@ -332,15 +332,16 @@ class _Selecting:
         self.slab = None
         return None
 
-    def _heaviest(self, outcome: Outcome) -> list[Group]:
-        """The groups without which the model needs the least memory."""
-        bundles = self._bundles(outcome)
-
-        def without(groups: list[Group]) -> int:
+    def _heaviest(self, outcome: Outcome, budget: int) -> list[Group]:
+        """The last groups without which it fits; else those without which it needs the least."""
+        weights = []
+        for groups in reversed(self._bundles(outcome).values()):
             variant = self._rewrite(frozenset(groups))
-            return self._weigh(self._module(variant) if variant.applied else self.model)
-
-        return min(bundles.values(), key=without, default=outcome.groups)
+            weight = self._weigh(self._module(variant) if variant.applied else self.model)
+            if weight <= budget:
+                return groups
+            weights.append((weight, groups))
+        return min(weights, key=lambda w: w[0], default=(0, outcome.groups))[1]
 
     def _weigh(self, module: nn.Module) -> int:
         run = call(module, self.args, self.kwargs, self.mode == "training")

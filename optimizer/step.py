@@ -111,10 +111,15 @@ def aside(function: Callable[[], Any]) -> Any:
 
 def functional_graph(function: Callable[..., Any], sizes: Sequence[Sizes]) -> GraphModule:
     """A function of tensors of `sizes` in core operations, none of which writes in place."""
-    arguments = [torch.full(size, 0.5) for size in sizes]
+    arguments = halves(sizes)
     made = make_fx(torch.func.functionalize(function), decomposition_table=RULES)(*arguments)
     reshaped(made)
     return made
+
+
+def halves(sizes: Sequence[Sizes]) -> list[Tensor]:
+    """Arguments to trace with."""
+    return [torch.full(size, 0.5, dtype=torch.float32, device="cpu") for size in sizes]
 
 
 def reshaped(graph_module: GraphModule) -> None:

@@ -27,7 +27,7 @@ BUILD = Path(__file__).parent.parent / "build"
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one size; `naive` and `hand` are functions of its module."""
+    """One model at one size; `naive` and `hand`, if there is one, are functions of its module."""
 
     name: str
     module: str
@@ -57,6 +57,11 @@ ROWS = (
         "hyper_connections_by_hand", options=(("mode", "orthostochastic"),)),
     Row("hyper-connections, dynamic, 2 fractions", "hyper_connections", "hyper_connections",
         "hyper_connections_by_hand", options=(("mode", "hc"), ("num_fracs", 2))),
+    *(Row(f"{name}, T={length}", "looplift.tests.recurrences", name,
+          "GruByHand" if name == "Gru" else "", input_options=(("length", length),))
+      for name in ("Gru", "Lstm", "GatedDeltaRule", "GatedLinearAttention", "Rwkv4", "Rwkv6",
+                   "SelectiveScan", "MatrixLstm", "Spiking", "RunningStatistics", "NeuralOde")
+      for length in (64, 256)),
 )
 
 
@@ -68,20 +73,24 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
 
     keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
-    module = importlib.import_module(f"looplift.models.{row.module}")
+    name = row.module if "." in row.module else f"looplift.models.{row.module}"
+    module = importlib.import_module(name)
     naive = getattr(module, row.naive)(size, **dict(row.options))
-    hand = getattr(module, row.hand)(size, **dict(row.options))
-    hand.load_state_dict(naive.state_dict())
+    hand = getattr(module, row.hand)(size, **dict(row.options)) if row.hand else None
+    if hand is not None:
+        hand.load_state_dict(naive.state_dict())
     inputs = getattr(module, row.inputs)(size, **dict(row.input_options))
     start = time.perf_counter()
     fast = looplift.apply_passes(naive, inputs, mode="both" if len(modes) > 1 else modes[0])
     data: dict[str, Any] = {"row": asdict(row), "size": size,
                             "optimize_seconds": time.perf_counter() - start,
                             "report": fast.report.to_dict(), "comparisons": []}
-    models: dict[str, Any] = {"naive": naive, "by hand": hand, "looplift": fast}
+    by_hand = {} if hand is None else {"by hand": hand}
+    models: dict[str, Any] = {"naive": naive, **by_hand, "looplift": fast}
     nodes = max((m["nodes"][0] for m in data["report"]["modes"]), default=0)
     if nodes <= compile_nodes:
-        compiled = {"naive compiled": torch.compile(naive), "by hand compiled": torch.compile(hand),
+        compiled = {"naive compiled": torch.compile(naive),
+                    **{f"{n} compiled": torch.compile(m) for n, m in by_hand.items()},
                     "looplift compiled": torch.compile(naive, backend="looplift")}
         for name, model in compiled.items():
             start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Recurrent models as people write them, one step after another: x (batch, time, width) → same.
 
 `make bench` measures them and tests/passes/test_recurrences.py compares them; each is written
-from the equations of its paper.
+from the equations of its paper. There is one size of each, whatever `size` says.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from torch.nn import functional as F
 WIDTH = 64
 
 
+def example_inputs(size: str = "full", length: int = 64) -> tuple[Tensor]:
+    """Four sequences; "tiny": two."""
+    return (torch.randn(2 if size == "tiny" else 4, length, WIDTH),)
+
+
 class Gru(nn.Module):
     """Gated recurrent unit (Cho et al., 2014), as PyTorch defines it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.of_x, self.of_h = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
 
@@ -33,21 +38,23 @@ class Gru(nn.Module):
 
 
 class GruByHand(nn.Module):
-    """The same by `nn.GRU`, with the loop's parameters."""
+    """The same by `nn.GRU`, on the loop's parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
-        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.of_x, self.of_h = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.gru(x)[0]
+        held = [self.of_x.weight, self.of_h.weight, self.of_x.bias, self.of_h.bias]
+        start = x.new_zeros(1, x.shape[0], WIDTH)
+        outputs: Tensor = torch.gru(x, start, held, True, 1, 0.0, self.training, False, True)[0]
         return outputs
 
 
 class GruCells(nn.Module):
     """The same, of PyTorch's cell."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.cell = nn.GRUCell(WIDTH, WIDTH)
 
@@ -62,7 +69,7 @@ class GruCells(nn.Module):
 class Lstm(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), with a forget gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.of_x, self.of_h = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
 
@@ -93,7 +100,7 @@ class Heads(nn.Module):
 class GatedDeltaRule(Heads):
     """Gated DeltaNet (Yang et al., 2024), equation 10; S (batch, heads, keys, values)."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__(32, 32, 32, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ class GatedDeltaRule(Heads):
 class GatedLinearAttention(Heads):
     """Gated linear attention (Yang et al., 2023), in its recurrent form."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__(32, 32, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ class GatedLinearAttention(Heads):
 class Rwkv4(nn.Module):
     """RWKV-4's weighted average of values (Peng et al., 2023), kept in range as in its appendix."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.decay, self.bonus = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(WIDTH))
@@ -153,7 +160,7 @@ class Rwkv4(nn.Module):
 class Rwkv6(Heads):
     """RWKV-6's matrix of state (Peng et al., 2024), equation 19."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__(32, 32, 32, 32)
         self.bonus = nn.Parameter(torch.randn(2, 32, 1))
 
@@ -171,7 +178,7 @@ class Rwkv6(Heads):
 class SelectiveScan(nn.Module):
     """Mamba's selective state space (Gu and Dao, 2023), algorithm 2, without its convolution."""
 
-    def __init__(self, states: int = 16, rank: int = 4) -> None:
+    def __init__(self, size: str = "full", states: int = 16, rank: int = 4) -> None:
         super().__init__()
         self.sizes = [rank, states, states]
         self.of_x, self.of_rank = nn.Linear(WIDTH, sum(self.sizes)), nn.Linear(rank, WIDTH)
@@ -193,7 +200,7 @@ class SelectiveScan(nn.Module):
 class MatrixLstm(Heads):
     """mLSTM (Beck et al., 2024), equations 19–27, kept in range by its largest exponent."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__(32, 32, 32, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +223,7 @@ class MatrixLstm(Heads):
 class Spiking(nn.Module):
     """Leaky integrate-and-fire neurons, with a sigmoid for a spike so that it has a gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.current, self.leak = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.tensor(0.9))
 
@@ -232,7 +239,7 @@ class Spiking(nn.Module):
 class RunningStatistics(nn.Module):
     """Each step in units of the exponential mean and variance of those before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.rate = nn.Parameter(torch.full((WIDTH,), -2.0))
 
@@ -250,7 +257,7 @@ class RunningStatistics(nn.Module):
 class NeuralOde(nn.Module):
     """Euler steps of dh/dt = f(h) + x, with f of one hidden layer (Chen et al., 2018)."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
         super().__init__()
         self.inside, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from looplift import OptimizedModule, apply_passes
 from looplift.models import alternating_patches, dilated_attention, eigenstate
-from looplift.optimizer import lengths
+from looplift.optimizer import every_length, lengths
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
 from looplift.passes import ORDER
@@ -422,6 +422,15 @@ def cut_short(m: Any, x: Tensor) -> Tensor:
 def test_a_length_at_which_it_is_another_program_runs_the_original() -> None:
     model, fast = in_slabs(cut_short)
     serves(fast, model, long(449), long(450))
+
+
+@pytest.mark.parametrize("at", [20, 33])
+def test_lengths_of_as_many_slabs_as_where_it_was_chosen_are_not_all(at: int) -> None:
+    """The five lengths that are compared have one or two slabs, as what is chosen for them says;
+    shorter and longer ones have others."""
+    with mock.patch.object(every_length, "measuring_lengths", return_value=(at,)):
+        model, fast = in_slabs(smoothed)
+    serves(fast, model, long(12), long(70))
 
 
 def test_a_length_at_which_it_cannot_be_made_runs_the_original() -> None:

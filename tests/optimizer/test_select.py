@@ -163,7 +163,7 @@ def test_nothing_is_kept_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_needs_too_much_memory_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0}))
-    weights = {"Loop": 10_000_000, "Rewritten": 20_000_000}
+    weights = {"Loop": 100_000_000, "Rewritten": 200_000_000}
     monkeypatch.setattr(select._Selecting, "_weigh",
                         lambda self, module: weights[type(module).__name__])
     told = optimized()
