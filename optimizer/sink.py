@@ -47,6 +47,12 @@ def sunk(scan: Node) -> Sunk:
     return _Sinking(scan).run()
 
 
+def as_it_is(scan: Node) -> Sunk:
+    """The scan's own step and arguments."""
+    slices, fixed = (cast(list[Node], scan.args[k]) for k in (2, 3))
+    return Sunk(body_of(scan), tuple((n, 0) for n in slices), tuple((n, None) for n in fixed))
+
+
 class _Sinking:
     """The producers of what a scan reads, from the scan upwards."""
 
@@ -126,7 +132,7 @@ class _Sinking:
         args: Any = node.args
         rank = len(shape(source))
         if node.target is aten.permute.default:
-            return int(args[1][axis])
+            return int(args[1][axis]) % rank
         if node.target is aten.expand.default:
             place = axis - len(shape(node)) + rank
             return place if place >= 0 and shape(source)[place] > 1 else None
@@ -137,7 +143,7 @@ class _Sinking:
         where = int(args[1]) % (rank + (node.target is aten.unsqueeze.default))
         if node.target is aten.unsqueeze.default:
             return axis - (where < axis) if where != axis else None
-        if node.target is aten.slice.Tensor:
+        if node.target is aten.slice.Tensor or len(shape(node)) == rank:
             return None if where == axis else axis
         return axis + (where <= axis)  # select, squeeze
 
@@ -205,7 +211,8 @@ class _Sinking:
         args: Any = node.args
         sizes = [n for a, n in enumerate(shape(node)) if a != axis]
         if node.target is aten.permute.default:
-            order = [p - (p > was) for p in args[1] if p != was]
+            places = [p % len(args[1]) for p in args[1]]
+            order = [p - (p > was) for p in places if p != was]
             if order == list(range(len(order))):
                 return source
             return graph.call_function(aten.permute.default, (source, order))

@@ -36,7 +36,7 @@ from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, trip
 from ..optimizer.fused import KINDS, is_built
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
-from ..optimizer.sink import Sunk, sunk
+from ..optimizer.sink import Sunk, as_it_is, sunk
 
 CPU = torch.device("cpu")
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -53,12 +53,11 @@ class FuseRecurrences:
         for scan in facts.operations:
             if not is_scan(scan) or trips(scan) < FEW:
                 continue
-            given = sunk(scan)
-            try:
-                kernel = fusible(given.body, given.values(scan))
-            except Unsupported as reason:
-                yield Skip(self.name, str(reason), source_line(scan))
+            found = best(scan)
+            if isinstance(found, Unsupported):
+                yield Skip(self.name, str(found), source_line(scan))
                 continue
+            given, kernel = found
 
             def make(
                 build: Builder, scan: Node = scan, given: Sunk = given, kernel: Fusible = kernel
@@ -74,6 +73,19 @@ class Fusible:
 
     step: str
     numbers: tuple[float, ...]
+
+
+def best(scan: Node) -> tuple[Sunk, Fusible] | Unsupported:
+    """The scan with its producers in its steps, or without them if it has no kernel so."""
+    try:
+        given = sunk(scan)
+        return given, fusible(given.body, given.values(scan))
+    except Unsupported:
+        given = as_it_is(scan)
+    try:
+        return given, fusible(given.body, given.values(scan))
+    except Unsupported as reason:
+        return reason
 
 
 def fused(build: Builder, scan: Node, given: Sunk, kernel: Fusible) -> Sequence[Node]:

@@ -181,6 +181,32 @@ def reasons(model: nn.Module, x: Tensor, *without: str) -> list[str]:
             if d["pass_name"] == "fuse-recurrences"]
 
 
+def scaled_after(m: Any, x: Tensor) -> Tensor:
+    """What the scan reads is computed by an operation that kernels have no rule for."""
+    h, outputs, turned = torch.zeros_like(x[:, 0]), [], torch.atan2(m.a(x), x.new_ones(()))
+    for t in range(x.shape[1]):
+        h = torch.tanh(h + turned[:, t])
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def views_on_the_way(m: Any, x: Tensor) -> Tensor:
+    """Producers that are permuted, cut, squeezed, divided and broadcast before they are read."""
+    batch, steps, width = x.shape
+    gate = torch.sigmoid(x).permute(2, 1, 0).unsqueeze(1)[:, :, :, :batch].squeeze(1)
+    wide = torch.exp(x[:, :, None, :] * m.decay[:, None]).reshape(batch, steps, 2, 2 * width)
+    h, outputs = torch.zeros(batch, 2, 2 * width, dtype=x.dtype), []
+    for t in range(steps):
+        h = h * gate[:, t].T.repeat(1, 2).unsqueeze(1) + wide[:, t] * m.decay.sum()
+        outputs.append(h.tanh())
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("forward", [scaled_after, views_on_the_way])
+def test_what_the_scan_reads(forward: Forward) -> None:
+    test_fires_with_the_same_values_and_gradients(forward)
+
+
 @pytest.mark.parametrize(("forward", "reason"), [
     (sorts, "the loop computes sort, which the kernel has no rule for"),
     (several_dtypes, "its values are not all of one floating dtype on the CPU"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import looplift
 import pytest
 import torch
+from looplift.passes import ORDER
 from looplift.tests.recurrences import MODELS, WIDTH, Gru, GruByHand
 from torch.testing import assert_close
 
@@ -23,6 +24,15 @@ def test_one_kernel(name: str) -> None:
         y = run(given)
         results.append((y, torch.autograd.grad(y.sin().sum(), [given, *model.parameters()])))
     assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_steps_compute_is_never_in_memory() -> None:
+    """Mamba's `exp(dt·A)` of all steps is sixteen times as large as its inputs."""
+    model, x = MODELS["Mamba"](), torch.randn(2, 34, WIDTH)
+    passes = [p for p in ORDER if p.name != "batch-timesteps"]  # as the measurement chooses
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference", passes=passes)
+    made = [n.meta["val"] for n in fast.graph_module.graph.nodes if "val" in n.meta]
+    assert max(t.numel() for t in made if isinstance(t, torch.Tensor)) == x.numel()
 
 
 def test_the_hand_form_is_the_loop() -> None:
