@@ -31,6 +31,7 @@ def test_what_the_steps_compute_is_never_in_memory() -> None:
     model, x = MODELS["Mamba"](), torch.randn(2, 34, WIDTH)
     passes = [p for p in ORDER if p.name != "batch-timesteps"]  # as the measurement chooses
     fast = looplift.apply_passes(model, (x,), measure=False, mode="inference", passes=passes)
+    assert fast.graph_module is not None
     made = [n.meta["val"] for n in fast.graph_module.graph.nodes if "val" in n.meta]
     assert max(t.numel() for t in made if isinstance(t, torch.Tensor)) == x.numel()
 
