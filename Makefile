@@ -37,6 +37,7 @@ opinfo: $(READY)
 MINUTES ?= 10
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+	$(BIN)/python tests/steps.py --minutes $(MINUTES)
 
 setup: $(READY)
 

@@ -235,7 +235,9 @@ class _Source:
         """What an assignment of `node` binds: of a split, its pieces."""
         if not _is_unpacked(node):
             return self._name(node)
-        return ", ".join(map(self._name, sorted(node.users, key=lambda u: cast(int, u.args[1]))))
+        pieces = sorted(node.users, key=lambda u: cast(int, u.args[1]))
+        names = ", ".join(map(self._name, pieces))
+        return names if len(pieces) > 1 else f"[{names}]"
 
     def _fresh(self, base: str) -> str:
         name, number = base, 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from looplift.tests import fuzz, opinfo
+from looplift.optimizer import fused
+from looplift.tests import fuzz, opinfo, steps
 from looplift.tests.programs import Program, programs
 from torch import Tensor, nn
 
@@ -26,6 +30,21 @@ def test_operators(name: str) -> None:
     tally = opinfo.examined((0, 4, [name]))
     assert tally.counts
     assert not tally.wrong
+
+
+@pytest.mark.parametrize("seed", [1, 13, 1013])
+def test_random_steps(seed: int) -> None:
+    assert steps.compare(seed) == "ok"
+
+
+def test_a_kernel_that_is_wrong_is_noticed() -> None:
+    right = fused._run
+
+    def wrong(*given: Any) -> list[Tensor]:
+        return [r * (1 + 1e-6) for r in right(*given)]
+
+    with mock.patch.object(fused, "_run", wrong), pytest.raises(AssertionError, match="not close"):
+        steps.compare(1)
 
 
 def test_undocumented_reasons_are_noticed() -> None:

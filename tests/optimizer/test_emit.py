@@ -77,6 +77,12 @@ def called(graph_module: torch.fx.GraphModule) -> list[Any]:
     return [t for t in targets if t is not operator.getitem]
 
 
+def test_a_split_into_one_piece() -> None:
+    run, source = compiled(make_fx(lambda x: torch.split(x, [3], 0)[0] + 1)(X))
+    assert "split([3])" in source or "split([3], 0)" in source
+    assert torch.equal(run(X), X + 1)
+
+
 def test_names_do_not_collide() -> None:
     from torch.fx import symbolic_trace
 
