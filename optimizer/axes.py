@@ -165,7 +165,7 @@ class Axes:
             sources = [whole.args[0]]
         else:
             sources = list(given) if isinstance(given, (list, tuple)) else [given]
-        sources = [s for s in sources if shape(s) != (0,)]
+        sources = [s for s in sources if math.prod(shape(s))] or sources[:1]
         rank = len(shape(sources[0]))
         axis: Any = whole.args[1] if len(whole.args) > 1 else 0
         if whole.target in (aten.split_with_sizes.default, aten.split.Tensor):

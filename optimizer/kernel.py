@@ -322,7 +322,7 @@ class _Kernel:
         return self.places[node]
 
     def _cat(self, node: Node) -> None:
-        parts = [n for n in cast(list[Node], node.args[0]) if n.meta["val"].shape != (0,)]
+        parts = [n for n in cast(list[Node], node.args[0]) if n.meta["val"].numel()]
         axis = cast(int, node.args[1]) if len(node.args) > 1 else 0
         stops = list(accumulate(self.axes.inner(part)[axis] for part in parts))
         self._assembled(node, [
@@ -342,6 +342,8 @@ class _Kernel:
         self.needed.add(into.buffer)
         last = -1
         for part, view in parts:
+            if not part.meta["val"].numel():
+                continue
             place = into.viewed(view)
             member = self._moved(part, self._aligned(place, place.sizes))
             after = last + 1 if node.target in SCATTERS else 0  # what is written last, remains

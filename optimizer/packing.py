@@ -50,7 +50,9 @@ def kernel_for(
     held, read, _ = counts
     moving = [*range(held, held + read), *range(len(strides) + held, len(nodes))]
     inner = max(math.prod(axes.inner(n)) for n in nodes)
-    lanes: list[int | None] = list(range(len(axes.free)))
+    # where an axis is joined of two parts, only the faster can lie one element after the other
+    slow = {part for node in nodes for axis in axes.of(node) for part in axis[:-1]}
+    lanes: list[int | None] = [k for k, part in enumerate(axes.free) if part not in slow]
     if inner > 1 or not lanes:
         lanes.append(None)
 

@@ -32,7 +32,7 @@ def test_operators(name: str) -> None:
     assert not tally.wrong
 
 
-@pytest.mark.parametrize("seed", [1, 13, 1013])
+@pytest.mark.parametrize("seed", [1, 13, 1013, 20005, 20021])
 def test_random_steps(seed: int) -> None:
     assert steps.compare(seed) == "ok"
 
