@@ -17,8 +17,8 @@ from torch import Tag, Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from .facts import aten
-from .pointwise import SAME, Unsupported
+from .facts import aten, shape
+from .pointwise import SAME, no_rule
 
 Part = int
 Axis = tuple[Part, ...]  # the slowest part first; () where the size is 1
@@ -37,10 +37,6 @@ MADE = {aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_te
         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 PLAIN = SAME | {aten.expand.default, aten.zeros_like.default, aten.ones_like.default,
                 aten.full_like.default}
-
-
-def shape(node: Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
 
 
 def reduced(node: Node) -> list[int]:
@@ -141,8 +137,7 @@ class Axes:
         if not isinstance(target, OpOverload) or not (
             target in PLAIN or Tag.pointwise in target.tags
         ):
-            name = getattr(target, "_opname", target)
-            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+            raise no_rule(target)
         made: list[Axis] = [()] * len(sizes)
         for source in sources:  # pointwise: sizes are aligned at the end, ones are broadcast
             axes = self._of[source]

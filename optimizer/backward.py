@@ -9,8 +9,9 @@ the steps is part of the product. Other gradients of invariants are summed in th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, cast
 
@@ -19,18 +20,16 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .axes import PERMUTES, PRODUCTS, RESHAPES, shape
+from .axes import PERMUTES, PRODUCTS, RESHAPES
 from .emit import emit
-from .facts import aten
+from .facts import aten, shape
 from .pointwise import SAME, constant, number
-from .step import Sizes, aside, functional_graph, halves, step_function, traced
+from .step import Counts, Sizes, aside, functional_graph, halves, step_function, traced
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
     aten.detach.default, aten.alias.default}
 SCALED = {aten.mul.Tensor, aten.div.Tensor}
-
-Counts = tuple[int, int, int]  # of carries, slices and invariants
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class Backward:
     """A differentiated step, and by name what it reads and makes for all steps.
 
     Names: `history_k` (of a carry), `slice_k`, `grad_k` (of an output), `before_k` (results of
-    `before`, one step's products of `before_slices` and all invariants), `to_slice_k`.
+    `before`, source of one step's products of `before_slices` and all invariants),
+    `to_slice_k`.
     """
 
     step: str
@@ -67,17 +67,21 @@ class Backward:
     slices: tuple[str, ...]
     invariants: tuple[int, ...]
     outputs: tuple[str, ...]
-    before: GraphModule | None
+    before: str
     before_slices: tuple[str, ...]
     pieces: dict[str, tuple[str, int, int, int]]  # parts of outputs: which; axis, start, size
     to_invariants: dict[int, tuple[Term, ...]]
 
-    @property
+    @cached_property
+    def factors(self) -> frozenset[str]:
+        """What the products after the walk multiply."""
+        return frozenset(f.name for terms in self.to_invariants.values() for t in terms
+                         for f in t.factors)
+
+    @cached_property
     def histories(self) -> list[int]:
         """The carries whose values at each step are read."""
-        factors = [f.name for terms in self.to_invariants.values() for t in terms
-                   for f in t.factors]
-        names = {*self.slices, *self.before_slices, *factors}
+        names = {*self.slices, *self.before_slices, *self.factors}
         return sorted(int(n.removeprefix("history_")) for n in names if n.startswith("history_"))
 
 
@@ -258,9 +262,9 @@ class _Division:
         graph_module, read_there = self._walk(self.results[:held], sums, list(wanted.values()))
         self.early = [n for n in self.early if n in read_there]
         fixed = [n for n in read_there if self._is_fixed(n)]
-        before, heads = self._before() if self.early else (None, [])
+        before, heads = self._before() if self.early else ("", [])
         return Backward(
-            emit(graph_module, "step"),
+            _source(graph_module),
             tuple(shape(n) for n in (*self.heads[:held], *sums, *read_there)),
             tuple(shape(n) for n in sums),
             tuple(self._name(n) for n in read_there if n not in fixed),
@@ -323,13 +327,7 @@ class _Division:
         """The walk's step, and what it reads beside its carries."""
         held = self.counts[0]
         cut = {*self.heads, *self.early}
-        needed: dict[Node, None] = {}
-        stack = [*carries, *sums, *outputs]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed[node] = None
-                stack += [] if node in cut else node.all_input_nodes
+        needed = _behind([*carries, *sums, *outputs], cut)
         order = [*self.heads[held:], *self.early]
         read = [n for n in order if n in needed]
         fixed = [n for n in read if self._is_fixed(n)]
@@ -355,15 +353,9 @@ class _Division:
         graph.output([*(inner[n] for n in carries), *added, *(inner[n] for n in outputs)])
         return GraphModule(self.root, graph), [*moving, *fixed]
 
-    def _before(self) -> tuple[GraphModule, list[Node]]:
+    def _before(self) -> tuple[str, list[Node]]:
         """The products of one step that need no gradient, and what they read per step."""
-        needed: set[Node] = set()
-        stack = list(self.early)
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack += node.all_input_nodes
+        needed = _behind(self.early)
         read = [h for h in self.heads if h in needed and not self._is_fixed(h)]
         graph, inner = Graph(), {}
         for node in (*read, *filter(self._is_fixed, self.heads)):
@@ -371,5 +363,23 @@ class _Division:
         for node in self.graph.nodes:
             if node in needed and node not in inner:
                 inner[node] = graph.node_copy(node, inner.__getitem__)
-        graph.output(tuple(inner[n] for n in self.early))
-        return GraphModule(self.root, graph), read
+        graph.output([inner[n] for n in self.early])
+        return _source(GraphModule(self.root, graph)), read
+
+
+def _source(graph_module: GraphModule) -> str:
+    """A step's source; what it fills is of its arguments' dtype, whatever it was traced with."""
+    first = next(iter(graph_module.graph.nodes)).name
+    return emit(graph_module, "step").replace(str(torch.float32), f"{first}.dtype")
+
+
+def _behind(ends: Sequence[Node], cut: Set[Node] = frozenset()) -> set[Node]:
+    """`ends` and what they are computed from, up to what is `cut`."""
+    found: set[Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [] if node in cut else node.all_input_nodes
+    return found

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backward import backward_of
-from .kernel import contiguous
+from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import kernel_for, packed, step_sizes, step_strides
 from .pointwise import Unsupported

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
@@ -25,14 +25,12 @@ from torch.fx import Node
 
 from .axes import PERMUTES, PRODUCTS, REDUCTIONS, RESHAPES, SCATTERS, Axes, Part, reduced
 from .facts import aten
+from .kernel_loops import COMBINED, Loop, Member, Place, Product, Read, contiguous, transfer
 from .kernel_source import AXES, COMMON, ENTRIES, LANES, ROWS
-from .pointwise import SAME, Unsupported, constant, expression, is_mask, number
-from .step import Sizes, traced
+from .pointwise import SAME, Unsupported, constant, expression, is_mask, no_rule, number
+from .step import Counts, Sizes, traced
 
 MOST_BYTES = 1 << 18  # of buffers in one task
-COMBINED = {"sum": ("V(S(0))", "{0} + {1}"),
-            "amax": ("V(-std::numeric_limits<S>::infinity())", "at::vec::maximum({0}, {1})"),
-            "amin": ("V(std::numeric_limits<S>::infinity())", "at::vec::minimum({0}, {1})")}
 
 
 @dataclass(frozen=True)
@@ -61,78 +59,17 @@ class Kernel:
     overwrites: dict[int, int]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a value's elements lie: [i, j] at offset + i · strides[0] + j · strides[1]."""
-
-    buffer: str
-    sizes: Sizes
-    strides: Sizes
-    lane: bool
-    offset: int = 0
-    extent: int = 0  # elements of a buffer of the kernel's own; 0: an argument's memory
-    mask: bool = False  # whether its numbers, 0 and 1, are one
-
-    def viewed(self, view: Callable[[Tensor], Tensor]) -> Place:
-        """The place of a view; `view` makes it of a tensor that lies so."""
-        made = view(torch.empty_strided(self.sizes, self.strides, device="meta"))
-        return replace(self, sizes=tuple(made.shape), strides=tuple(made.stride()),
-                       offset=self.offset + int(made.storage_offset()))
-
-
-@dataclass(frozen=True)
-class Read:
-    """A place, and its strides along the axes of the loop that reads it."""
-
-    place: Place
-    strides: Sizes
-
-    @property
-    def key(self) -> tuple[str, Sizes, int]:
-        return self.place.buffer, self.strides, self.place.offset
-
-
-@dataclass
-class Member:
-    """One operation of a loop: `text` on registers, kept as `name`, or written `into` a place."""
-
-    reads: list[Read]
-    text: Callable[[list[str]], str]
-    name: str = ""
-    into: Read | None = None
-    combine: str = ""  # of a reduction into `into`
-
-
-@dataclass
-class Group:
-    """Operations in one loop over `sizes`, or one product."""
-
-    sizes: Sizes
-    lane: bool
-    members: list[Member] = field(default_factory=list)
-    product: list[Place] = field(default_factory=list)  # result, left, right
-
-
-def contiguous(sizes: Sequence[int], order: Sequence[int] | None = None) -> Sizes:
-    """Strides of packed elements; `order`: the axes, the slowest first."""
-    strides, step = [0] * len(sizes), 1
-    for axis in reversed(order if order is not None else range(len(sizes))):
-        strides[axis], step = step, step * sizes[axis]
-    return tuple(strides)
-
-
 @lru_cache(maxsize=512)
 def kernel(
-    source: str, sizes: tuple[Sizes, ...], counts: tuple[int, int, int],
-    lane_number: int | None, spent: frozenset[int] = frozenset(),
+    source: str, sizes: tuple[Sizes, ...], counts: Counts, lane_number: int | None,
+    spent: frozenset[int] = frozenset(),
 ) -> Kernel:
     """The kernel of a step on arguments of `sizes`; raises `Unsupported` with a reason.
 
-    `counts`: carries, slices and invariants. `lane_number`: which free part vectors hold.
-    `spent`: slices that outputs may be written over.
+    `lane_number`: which free part vectors hold; `spent`: slices that outputs may be written over.
     """
     graph = traced(source, sizes).graph
-    axes = Axes(graph, counts[0])
+    axes, _ = free_parts(source, sizes, counts[0])
     if len(axes.free) > AXES:
         raise Unsupported(f"its values have {len(axes.free)} axes")
     lane = None if lane_number is None else axes.free[lane_number]
@@ -167,14 +104,14 @@ class _Kernel:
     """What is known while a kernel is written."""
 
     def __init__(
-        self, graph: torch.fx.Graph, axes: Axes, counts: tuple[int, int, int], lane: Part | None,
+        self, graph: torch.fx.Graph, axes: Axes, counts: Counts, lane: Part | None,
         orders: dict[str, tuple[int, ...]], spent: frozenset[int],
     ) -> None:
         self.spent = [f"p{counts[0] + k}" for k in sorted(spent)]
         self.axes, self.counts, self.lane, self.orders = axes, counts, lane, orders
         self.places: dict[Node, Place] = {}
         self.constants: dict[Node, str] = {}
-        self.groups: list[Group] = []
+        self.groups: list[Loop | Product] = []
         self.made_in: dict[str, int] = {}  # buffer → its group, or the last of them
         self.indirect: set[str] = set()  # buffers that are complete only after their groups
         self.buffers: dict[str, Place] = {}
@@ -230,15 +167,14 @@ class _Kernel:
         elif target in (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int):
             return  # its items are the views
         elif not isinstance(node.meta.get("val"), Tensor):
-            name = getattr(target, "_opname", target)
-            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+            raise no_rule(target)
         elif self._is_view(node):
             self._view(node)
         elif target in SAME and is_mask(node) == is_mask(node.args[0]):
             self.places[node] = self.places[cast(Node, node.args[0])]
         else:
             inner = self.axes.inner(node)
-            reads = [(n, self._aligned(self.places[n], inner)) for n in sources]
+            reads = [(n, self.places[n].along(inner)) for n in sources]
 
             def text(names: list[str], node: Node = node) -> str:
                 known = dict(zip(sources, names, strict=True))
@@ -283,38 +219,43 @@ class _Kernel:
         source = cast(Node, node.args[0])
         if name not in COMBINED or source in self.constants \
                 or (is_mask(source) and name != "sum"):
-            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+            raise no_rule(node.target)
         place, gone = self.places[source], reduced(node)
         kept = [1 if axis in gone else n for axis, n in enumerate(place.sizes)]
         into = self._buffer(node.name, tuple(kept), place.lane)
         self.indirect.add(into.buffer)
         self.needed.add(into.buffer)
         text = "V::blendv(V(S(0)), V(S(1)), {})" if is_mask(source) else "{}"
-        member = Member([self._aligned(place, place.sizes)], lambda names: text.format(*names),
-                        into=self._aligned(into, place.sizes), combine=name)
+        member = Member([place.along(place.sizes)], lambda names: text.format(*names),
+                        into.along(place.sizes), combine=name)
         self.made_in[into.buffer] = self._schedule(place.sizes, place.lane, member)
         self.places[node] = replace(into, sizes=self.axes.inner(node),
                                     strides=contiguous(self.axes.inner(node)))
 
     def _product(self, node: Node) -> None:
         left, right = (self._solid(cast(Node, n)) for n in node.args[:2])
-        head = next((k for k in range(len(self.heads)) if f"p{k}" == right.buffer), None)
-        if head is not None and not right.lane and self.lane is None \
-                and right.strides[-1] != 1 and right.sizes[-1] > 1 and right.strides[-1] > 0:
-            given = self.places[self.heads[head]]
-            if right.buffer not in self.orders and right.strides[-1] in given.strides:
-                last = given.strides.index(right.strides[-1])
-                rest = [a for a in range(len(given.sizes)) if a != last]
-                self.orders[right.buffer] = (*rest, last)
         lane = left.lane or right.lane
+        head = next((h for k, h in enumerate(self.heads) if f"p{k}" == right.buffer), None)
+        shared = head is not None and not any(
+            part in self.axes.free for axis in self.axes.of(head) for part in axis)
+        if head is not None and self.lane is None:
+            self._turn(right, self.places[head])
         made = self._buffer(node.name, self.axes.inner(node), lane)
         self.needed |= {made.buffer, left.buffer, right.buffer}
         self.indirect.add(made.buffer)
         for place in (left, right):
             self._noted(place, len(self.groups) + 1)
-        self.groups.append(Group(made.sizes, lane, product=[made, left, right]))
+        self.groups.append(Product(made, left, right, lane, shared))
         self.made_in[made.buffer] = len(self.groups) - 1
         self.places[node] = made
+
+    def _turn(self, right: Place, given: Place) -> None:
+        """A matrix that is an argument is to lie row by row, as the product reads it."""
+        stride = right.strides[-1]
+        if stride > 1 and right.sizes[-1] > 1 and right.buffer not in self.orders \
+                and stride in given.strides:
+            last = given.strides.index(stride)
+            self.orders[right.buffer] = (*(a for a in range(len(given.sizes)) if a != last), last)
 
     def _solid(self, node: Node) -> Place:
         if node in self.constants:
@@ -345,7 +286,7 @@ class _Kernel:
             if not part.meta["val"].numel():
                 continue
             place = into.viewed(view)
-            member = self._moved(part, self._aligned(place, place.sizes))
+            member = self._moved(part, place.along(place.sizes))
             after = last + 1 if node.target in SCATTERS else 0  # what is written last, remains
             last = max(last, self._schedule(place.sizes, into.lane, member, after))
         self.made_in[into.buffer] = last
@@ -354,14 +295,14 @@ class _Kernel:
     def _moved(self, node: Node, into: Read) -> Member:
         """A member that writes a node's value `into` a place."""
         if node in self.constants:
-            return Member([], lambda _: self.constants[node], into=into)
-        read = self._aligned(self.places[node], into.place.sizes)
-        return Member([read], lambda names: names[0], into=into)
+            return Member([], lambda _: self.constants[node], into)
+        read = self.places[node].along(into.place.sizes)
+        return Member([read], lambda names: names[0], into)
 
     def _copied(self, name: str, place: Place) -> Place:
         """A place of its own, packed, for what lies elsewhere."""
         made = self._buffer(f"{name}_of", place.sizes, place.lane, place.mask)
-        self._compute(f"{name}_of", [self._aligned(place, place.sizes)], lambda names: names[0])
+        self._compute(f"{name}_of", [place.along(place.sizes)], lambda names: names[0])
         return made
 
     def _results(self) -> None:
@@ -374,21 +315,21 @@ class _Kernel:
             inner = self.axes.inner(node)
             into = Place(f"p{first + k}", inner, contiguous(inner), self._has_lane(node))
             last = max((self.last_reads.get(name, 0) for name in self.spent), default=0)
-            self._schedule(inner, into.lane, self._moved(node, self._aligned(into, inner)),
+            self._schedule(inner, into.lane, self._moved(node, into.along(inner)),
                            0 if k in given else last)
         stores: list[Member] = []
         for k, (head, node) in enumerate(zip(self.heads, nexts, strict=False)):
             into = self.places[head]
-            moved = self._moved(node, self._aligned(into, into.sizes))
+            moved = self._moved(node, into.along(into.sizes))
             carries = {self.places[h].buffer for h in self.heads[:held]}
             if moved.reads and moved.reads[0].place.buffer in carries:
-                if moved.reads[0].key == cast(Read, moved.into).key:
+                if moved.reads[0].key == moved.into.key:
                     continue
                 copied = self._copied(f"next_{k}", self.places[node])
-                moved.reads = [self._aligned(copied, into.sizes)]
+                moved.reads = [copied.along(into.sizes)]
             stores.append(moved)
         for member in stores:
-            into = cast(Read, member.into).place
+            into = member.into.place
             self._schedule(into.sizes, into.lane, member, self.last_reads.get(into.buffer, 0))
 
     def _is_argument(self, node: Node) -> bool:
@@ -421,18 +362,10 @@ class _Kernel:
     def _has_lane(self, node: Node) -> bool:
         return self.lane is not None and any(self.lane in axis for axis in self.axes.of(node))
 
-    @staticmethod
-    def _aligned(place: Place, sizes: Sizes) -> Read:
-        """The place along the axes of `sizes` that have more than one element."""
-        spare = len(sizes) - len(place.sizes)
-        strides = [0] * spare + [s if n > 1 else 0
-                                 for n, s in zip(place.sizes, place.strides, strict=True)]
-        return Read(place, tuple(s for s, n in zip(strides, sizes, strict=True) if n > 1))
-
     def _compute(self, name: str, reads: list[Read], text: Callable[[list[str]], str]) -> None:
         name = self.names[name]
         place = self.buffers[f"{name}_"]
-        member = Member(reads, text, name)
+        member = Member(reads, text, place.along(place.sizes), name)
         self.made_in[place.buffer] = self._schedule(place.sizes, place.lane, member)
 
     def _schedule(self, sizes: Sizes, lane: bool, member: Member, lowest: int = 0) -> int:
@@ -449,17 +382,18 @@ class _Kernel:
             if read.place.buffer in self.made_in:
                 number = self.made_in[read.place.buffer]
                 lowest = max(lowest, number if passes(read, number) else number + 1)
-        chosen = next((g for g in range(lowest, len(self.groups))
-                       if (self.groups[g].sizes, self.groups[g].lane) == (loop, lane)
-                       and not self.groups[g].product), len(self.groups))
+        chosen, group = next(
+            ((g, group) for g, group in enumerate(self.groups) if g >= lowest
+             and isinstance(group, Loop) and (group.sizes, group.lane) == (loop, lane)),
+            (len(self.groups), Loop(loop, lane)))
         if chosen == len(self.groups):
-            self.groups.append(Group(loop, lane))
+            self.groups.append(group)
         for read in member.reads:
             if self.made_in.get(read.place.buffer) != chosen:
                 self.needed.add(read.place.buffer)
             whole = (read.strides, read.place.offset) == (direct, 0)
             self._noted(read.place, chosen if whole else chosen + 1)
-        self.groups[chosen].members.append(member)
+        group.members.append(member)
         return chosen
 
     def _noted(self, place: Place, number: int) -> None:
@@ -511,195 +445,11 @@ class _Kernel:
         lines += [f"  {'V' if p.lane else 'alignas(64) S'} {p.buffer}"
                   f"[{p.extent} * {'N' if p.lane else 'R'}];" for p in local]
         for head in stored:
-            lines += _transfer(self.places[head], self.heads.index(head), False)
+            lines += transfer(self.places[head], self.heads.index(head), False)
         lines += ["  for (int64_t t = 0; t < steps; ++t) {"]
         for group in self.groups:
-            lines += ["    " + line for line in self._loop(group)]
+            lines += ["    " + line for line in group.lines(self.needed)]
         lines += [f"    p{k} += d{k};" for k in moving] + ["  }"]
         for k, head in enumerate(self.heads[:held]):
-            lines += _transfer(self.places[head], given + k, True)
+            lines += transfer(self.places[head], given + k, True)
         return "\n".join([*lines, "}", ""])
-
-    def _loop(self, group: Group) -> list[str]:
-        if group.product:
-            return self._product_loop(group)
-        sizes = group.sizes if group.lane else group.sizes[:-1]
-        last = group.sizes[-1] if group.sizes and not group.lane else 1
-        before: list[str] = []
-        after: list[str] = []
-        body: list[str] = []
-        registers: dict[tuple[str, Sizes, int], str] = {}
-        for member in group.members:
-            names = [self._register(read, group, registers, body) for read in member.reads]
-            text = member.text(names)
-            if member.combine:
-                self._accumulate(member, group, text, before, body, after)
-            elif member.into is not None:
-                body.append(_written(member.into, group, text))
-            else:
-                body.append(f"const V {member.name} = {text};")
-                own = Read(self.buffers[f"{member.name}_"], contiguous(group.sizes))
-                registers[own.key] = member.name
-                if own.place.buffer in self.needed:
-                    body.append(_written(own, group, member.name))
-        heads = [f"for (int64_t i{a} = 0; i{a} < {n}; ++i{a})" for a, n in enumerate(sizes)]
-        if group.lane:
-            heads += ["_Pragma(\"GCC unroll 4\") for (int v = 0; v < N; ++v)"]
-            inside = [f"  {line}" for line in body]
-        else:
-            heads = ["for (int r = 0; r < R; ++r)", *heads]
-            inside = [f"  sweep<S, {last}>([&](auto kind, int64_t j, int64_t n) {{",
-                      "    constexpr bool full = decltype(kind)::value;",
-                      *(f"    {line}" for line in body), "  });"]
-        return [*before, *heads[:-1], heads[-1] + " {", *inside, "}", *after]
-
-    def _register(
-        self, read: Read, group: Group, registers: dict[tuple[str, Sizes, int], str],
-        body: list[str],
-    ) -> str:
-        if read.key not in registers:
-            name = f"x{len(registers)}"
-            registers[read.key] = name
-            text = _loaded(read, group)
-            body.append(f"const V {name} = {f'({text} != V(S(0)))' if read.place.mask else text};")
-        return registers[read.key]
-
-    def _accumulate(
-        self, member: Member, group: Group, text: str, before: list[str], body: list[str],
-        after: list[str],
-    ) -> None:
-        """A reduction: its result's buffer combines, or one of vectors if it is along them."""
-        into = cast(Read, member.into)
-        place = into.place
-        start, combine = COMBINED[member.combine]
-        along = not group.lane and (not into.strides or into.strides[-1] == 0)
-        if not along:
-            before += _filled(place, start)
-            body.append(_written(into, group, combine.format(_loaded(into, group), text)))
-            return
-        index = _linear(into, range(len(group.sizes) - 1))
-        own = f"{place.buffer}sums"
-        before += [f"V {own}[{place.extent} * R];",
-                   f"for (int64_t i = 0; i < {place.extent} * R; ++i) {own}[i] = {start};"]
-        where = f"{own}[r * {place.extent} + {index}]"
-        value = f"full ? {text} : V::set({start}, {text}, n)"
-        body += [f"const V {place.buffer}in = {value};",
-                 f"{where} = {combine.format(where, place.buffer + 'in')};"]
-        after.append(f"for (int64_t i = 0; i < {place.extent} * R; ++i) {place.buffer}[i] = "
-                     f"across({own}[i], [](V x, V y) {{ return {combine.format('x', 'y')}; }});")
-
-    def _product_loop(self, group: Group) -> list[str]:
-        made, left, right = group.product
-        b, m, n = (1, *made.sizes)[-3:]
-        k = left.sizes[-1]
-
-        def strides(place: Place) -> list[int]:
-            rank = len(place.sizes)
-            return [0] * (3 - rank) + [s if size > 1 else 0 for s, size in
-                                       zip(place.strides, place.sizes, strict=True)]
-
-        (ab, am, ak), (bb, bk, bn) = strides(left), strides(right)
-        if not group.lane:
-            if n == 1:
-                bn = 1 if k == 1 or bk != 1 or ak != 1 else 0
-            shared = "true" if right.extent == 0 and self._is_shared(right) else "false"
-            rows = [str(p.extent) if p.extent else f"q{p.buffer[1:]}" for p in (left, right)]
-            return [f"product<S, R, {shared}, {b}, {m}, {n}, {k}, {ab}, {am}, {ak}, {bb}, {bk}, "
-                    f"{bn}>({made.buffer}, {left.buffer} + {left.offset}, {rows[0]}, "
-                    f"{right.buffer} + {right.offset}, {rows[1]});"]
-
-        def element(place: Place, text: str) -> str:
-            index = f"({place.offset} + {text})"
-            if not place.lane:
-                return f"V({place.buffer}[{index}])"
-            if place.extent:
-                return f"{place.buffer}[{index} * N + v]"
-            return f"load<S, whole>({place.buffer} + {index} * m{place.buffer[1:]} + v * W, n)"
-
-        one = element(left, f"b * {ab} + m * {am} + k * {ak}")
-        two = element(right, f"b * {bb} + k * {bk} + n * {bn}")
-        return [
-            f"for (int64_t b = 0; b < {b}; ++b)", f"for (int64_t m = 0; m < {m}; ++m)",
-            f"for (int64_t o = 0; o < {n}; ++o) {{",
-            "  V sums[N];", "  for (int v = 0; v < N; ++v) sums[v] = V(S(0));",
-            f"  for (int64_t k = 0; k < {k}; ++k)",
-            "    _Pragma(\"GCC unroll 4\") for (int v = 0; v < N; ++v)",
-            f"      sums[v] = at::vec::fmadd({one}, {two.replace('n * ', 'o * ')}, sums[v]);",
-            f"  for (int v = 0; v < N; ++v) {made.buffer}[((b * {m} + m) * {n} + o) * N + v] = "
-            "sums[v];", "}",
-        ]
-
-    def _is_shared(self, place: Place) -> bool:
-        """Whether all rows read the same: an argument that no free axis belongs to."""
-        head = self.heads[int(place.buffer[1:])]
-        return not any(p in self.axes.free for axis in self.axes.of(head) for p in axis)
-
-
-def _linear(read: Read, axes: Sequence[int]) -> str:
-    terms = [f"i{a} * {read.strides[a]}" for a in axes if a < len(read.strides)
-             and read.strides[a]]
-    return " + ".join([str(read.place.offset), *terms])
-
-
-def _loaded(read: Read, group: Group) -> str:
-    """An operand as a vector."""
-    place = read.place
-    if group.lane:
-        index = f"({_linear(read, range(len(group.sizes)))})"
-        if not place.lane:
-            return f"V({place.buffer}[{index}])"
-        if place.extent:
-            return f"{place.buffer}[{index} * N + v]"
-        return f"load<S, whole>({place.buffer} + {index} * m{place.buffer[1:]} + v * W, n)"
-    pointer, stride = _pointer(read, group)
-    if stride == 1:
-        return f"load<S, full>({pointer}, n)"
-    return f"V(*({pointer}))" if stride == 0 else f"gather<S>({pointer}, {stride}, n)"
-
-
-def _pointer(read: Read, group: Group) -> tuple[str, int]:
-    """Where a vector of rows begins, and the stride of its elements."""
-    place = read.place
-    if place.lane:
-        raise Unsupported("it mixes what lies along an axis of its own")
-    row = str(place.extent) if place.extent else f"q{place.buffer[1:]}"
-    stride = read.strides[-1] if group.sizes else 0
-    index = _linear(read, range(len(group.sizes) - 1))
-    moved = f" + j * {stride}" if stride else ""
-    return f"{place.buffer} + r * {row} + {index}{moved}", stride
-
-
-def _written(into: Read, group: Group, value: str) -> str:
-    place = into.place
-    if place.mask:
-        value = f"V::blendv(V(S(0)), V(S(1)), {value})"
-    if group.lane:
-        index = f"({_linear(into, range(len(group.sizes)))})"
-        if place.extent:
-            return f"{place.buffer}[{index} * N + v] = {value};"
-        return f"store<S, whole>({value}, {place.buffer} + {index} * m{place.buffer[1:]} + " \
-            "v * W, n);"
-    pointer, stride = _pointer(into, group)
-    if not group.sizes or stride == 1:
-        return f"store<S, full>({value}, {pointer}, n);"
-    return f"scatter<S>({value}, {pointer}, {stride}, n);"
-
-
-def _filled(place: Place, start: str) -> list[str]:
-    if place.lane:
-        return [f"for (int64_t i = 0; i < {place.extent} * N; ++i) {place.buffer}[i] = {start};"]
-    one = start.replace("V(", "(", 1)
-    return [f"for (int64_t i = 0; i < {place.extent} * R; ++i) {place.buffer}[i] = {one};"]
-
-
-def _transfer(place: Place, k: int, out: bool) -> list[str]:
-    """All elements from an argument's memory to a buffer, or back."""
-    if place.lane:
-        head = f"  for (int64_t i = 0; i < {place.extent}; ++i) for (int v = 0; v < N; ++v)"
-        there, here = f"p{k} + i * m{k} + v * W", f"{place.buffer}[i * N + v]"
-        move = f"store<S, whole>({here}, {there}, n);" if out \
-            else f"{here} = load<S, whole>({there}, n);"
-        return [head, f"    {move}"]
-    head = f"  for (int r = 0; r < R; ++r) for (int64_t i = 0; i < {place.extent}; ++i)"
-    there, here = f"p{k}[r * q{k} + i]", f"{place.buffer}[r * {place.extent} + i]"
-    return [head, f"    {there} = {here};" if out else f"    {here} = {there};"]

@@ -8,12 +8,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .kernel import Kernel, Layout, contiguous, free_parts, kernel, layout
+from .kernel import Kernel, Layout, free_parts, kernel, layout
+from .kernel_loops import contiguous
 from .kernel_source import AXES
 from .pointwise import Unsupported
-from .step import Sizes
-
-Counts = tuple[int, int, int]  # of carries, slices and invariants
+from .step import Counts, Sizes
 
 
 def step_sizes(

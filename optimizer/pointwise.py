@@ -23,7 +23,6 @@ TEMPLATES = {
     "sigmoid": "(V(S(1)) + {0}.neg().exp()).reciprocal()",
     "relu": "at::vec::maximum({0}, V(S(0)))",
     "sign": "V::blendv(V::blendv(V(S(0)), V(S(-1)), {0} < V(S(0))), V(S(1)), {0} > V(S(0)))",
-    "zeros_like": "V(S(0))", "ones_like": "V(S(1))",
 }
 COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
 JUNCTIONS = {"logical_and": "&", "bitwise_and": "&", "logical_or": "|", "bitwise_or": "|"}
@@ -34,6 +33,12 @@ CONSTANTS = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}  # wh
 
 class Unsupported(Exception):
     """Why no kernel can run a step."""
+
+
+def no_rule(target: Any) -> Unsupported:
+    """What to raise for an operation that a kernel can't compute."""
+    name = getattr(target, "_opname", None) or getattr(target, "__name__", target)
+    return Unsupported(f"the loop computes {name}, which the kernel has no rule for")
 
 
 def is_mask(leaf: Any) -> bool:
@@ -67,7 +72,7 @@ def constant(node: Node) -> str | None:
 def expression(node: Node, read: Callable[[Node], str]) -> str:
     """The value of an operation; `read` gives the variable that holds an operand."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        raise Unsupported(f"the loop computes {node.target}, which the kernel has no rule for")
+        raise no_rule(node.target)
     name = node.target._schema.name.removeprefix("aten::")
 
     def plain(leaf: Any) -> str:
@@ -88,7 +93,7 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
     if name in ("logical_not", "bitwise_not") and masks[0]:
         return f"(V::blendv(V(S(1)), V(S(0)), {plain(args[0])}) == V(S(1)))"
     if is_mask(node):
-        raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+        raise no_rule(node.target)
     if name == "masked_fill":
         return f"V::blendv({value(args[0])}, {plain(args[2])}, {plain(args[1])})"
     if name == "where" and masks[0]:
@@ -104,7 +109,7 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
         return known.format(value(args[0])) if known else f"{value(args[0])}.pow({number(args[1])})"
     template = TEMPLATES.get(name)
     if template is None or set(node.kwargs) - {"alpha"}:
-        raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+        raise no_rule(node.target)
     alpha = node.kwargs.get("alpha", 1)
     if alpha == 1:
         template = template.replace("{alpha} * ", "")

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .builder import Builder, output_node, placeholders
-from .facts import aten, body_of, bytes_of, is_tensor, shape, trips, value
+from .facts import aten, body_of, bytes_of, is_tensor, shape, value
 
 VIEWS = (aten.permute.default, aten.unsqueeze.default, aten.expand.default, aten.select.int,
          aten.slice.Tensor, aten.reshape.default, aten.squeeze.dim)
@@ -57,7 +57,7 @@ class _Sinking:
     """The producers of what a scan reads, from the scan upwards."""
 
     def __init__(self, scan: Node) -> None:
-        self.scan, self.steps = scan, trips(scan)
+        self.scan = scan
         self.inside: set[Node] = {scan}  # what computes for the scan alone
         self.costs: dict[tuple[Node, int], int] = {}
         sources = set(cast(list[Node], scan.args[2]))

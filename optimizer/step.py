@@ -19,6 +19,7 @@ from .facts import aten
 
 Step = Callable[..., list[Tensor]]
 Sizes = tuple[int, ...]
+Counts = tuple[int, int, int]  # of carries, slices and invariants
 
 COMPOSED = [  # not core, or core but not simple
     aten.gelu, aten.gelu_backward, aten.elu, aten.elu_backward, aten.leaky_relu,

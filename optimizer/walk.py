@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .backward import Backward, Term, backward_of
-from .packing import Counts, step_sizes
-from .step import Sizes, traced
+from .packing import step_sizes
+from .step import Counts, Sizes, step_function, traced
 
 CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
@@ -101,6 +101,10 @@ class _Walk:
         names = [f"to_slice_{k}" for k in range(read)]
         parts: dict[str, list[Tensor]] = {}
         totals: dict[int, Tensor] = {}
+
+        def add(k: int, found: Tensor) -> None:
+            totals[k] = totals[k] + found if k in totals else found
+
         for span in reversed(spans):
             carried, known = self._chunk_walked(span, carried)
             for name in names:
@@ -109,13 +113,11 @@ class _Walk:
             for k, terms in back.to_invariants.items():
                 for term in terms:
                     if term.factors:
-                        found = _product(term, known)
-                        totals[k] = totals[k] + found if k in totals else found
+                        add(k, _product(term, known))
         for k, terms in back.to_invariants.items():
             for term in terms:
                 if not term.factors:
-                    found = _chained(term, carried[held + term.carry])
-                    totals[k] = totals[k] + found if k in totals else found
+                    add(k, _chained(term, carried[held + term.carry]))
         order = 1 if self.reverse else -1
         joined = {name: found[0] if len(found) == 1 else torch.cat(found[::order])
                   for name, found in parts.items()}
@@ -149,13 +151,10 @@ class _Walk:
                 if self.hidden:
                     _, ends = self._histories(spans[-1])
                     held |= ends
-                last = start if self.reverse else stop - 1
-                held |= {k: self.outputs[k][last + (0 if after else self._next())]
+                last, following = (start, start - 1) if self.reverse else (stop - 1, stop)
+                held |= {k: self.outputs[k][last if after else following]
                          for k, (_, after) in self.shown.items()}
         return spans
-
-    def _next(self) -> int:
-        return -1 if self.reverse else 1
 
     def _histories(self, span: _Span) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """The carries as each step of a span found them, and those that no output shows after it;
@@ -201,14 +200,13 @@ class _Walk:
                   for k, t in enumerate(self.grads[held:])}
         known |= {f"invariant_{k}": t.expand(steps, *t.shape)
                   for k, t in enumerate(self.invariants)}
-        if back.before is not None:
+        if back.before:
             per_step = [known[name] for name in back.before_slices]
             axes = (*[0] * len(per_step), *[None] * len(self.invariants))
-            made = torch.vmap(back.before, in_dims=axes)(*per_step, *self.invariants)
+            made = torch.vmap(step_function(back.before), in_dims=axes)(*per_step, *self.invariants)
             known |= {f"before_{k}": t for k, t in enumerate(made)}
             own |= {f"before_{k}" for k in range(len(made))}
-        own -= {f.name for terms in back.to_invariants.values() for t in terms for f in t.factors}
-        spent = frozenset(k for k, name in enumerate(back.slices) if name in own)
+        spent = frozenset(k for k, name in enumerate(back.slices) if name in own - back.factors)
         found = self.scan(back.step, carried, [known[name] for name in back.slices],
                           [self.invariants[k] for k in back.invariants], len(back.outputs),
                           not self.reverse, spent)

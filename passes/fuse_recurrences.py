@@ -34,7 +34,7 @@ from ..optimizer.distribute import replacing
 from ..optimizer.emit import sourced
 from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, trips, value
 from ..optimizer.fused import KINDS, is_built
-from ..optimizer.pointwise import Unsupported
+from ..optimizer.pointwise import Unsupported, no_rule
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.sink import Sunk, as_it_is, sunk
 
@@ -152,8 +152,7 @@ def fusible(body: GraphModule, given: Sequence[Sequence[Tensor]]) -> Fusible:
     for node in body.graph.nodes:
         if node.op == "call_function" and not isinstance(node.target, OpOverload) \
                 and node.target is not operator.getitem:
-            name = getattr(node.target, "__name__", node.target)
-            raise Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+            raise no_rule(node.target)
     tensors = [n for n in body.graph.nodes if is_tensor(n)]
     kinds = {(value(n).device.type, value(n).dtype) for n in tensors
              if value(n).dtype is not torch.bool or n in heads[:held] or n in results[:held]}

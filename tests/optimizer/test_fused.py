@@ -222,6 +222,16 @@ def test_single_precision_of_products() -> None:
          [(torch.randn(144, 48) / 7).requires_grad_(), given(144)], 1, tolerance=2e-4)
 
 
+def test_gradients_that_are_zero_but_for_a_piece_have_the_dtype_of_the_others() -> None:
+    step = '''
+def step(h, x, weight):
+    made = x @ weight
+    return [torch.tanh(h), made[:, :2], made.amax(-1)]
+'''
+    same(step, [random(3, 5, grad=True)], [random(4, 3, 4, grad=True)],
+         [random(4, 6, grad=True)], 2)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_backward_in_chunks(reverse: bool) -> None:
     """Carries that an output shows after the step, before it, and not at all."""
