@@ -49,6 +49,17 @@ def reduced(node: Node) -> list[int]:
     return sorted(axis % rank for axis in axes) if rank else []
 
 
+def permutation(node: Node) -> list[int]:
+    """Which axis of its source each axis of a permuted value is."""
+    rank, args = len(shape(node)), cast(tuple[Any, ...], node.args)
+    if node.target is aten.permute.default:
+        return [axis % rank for axis in args[1]]
+    order = list(range(rank))
+    one, two = (0, rank - 1) if node.target is aten.t.default else args[1:3]
+    order[one], order[two] = order[two], order[one]
+    return order
+
+
 class Axes:
     """The parts of all axes of a step's graph, and which of them are free."""
 
@@ -112,13 +123,7 @@ class Axes:
         if target in RESHAPES:
             return self._regrouped(first, sizes)
         if target in PERMUTES:
-            rank = len(sizes)
-            if target is aten.permute.default:
-                return [first[axis] for axis in node.args[1]]  # type: ignore[union-attr, index]
-            one, two = (0, rank - 1) if target is aten.t.default else node.args[1:3]
-            order = list(range(rank))
-            order[one], order[two] = order[two], order[one]  # type: ignore[index]
-            return [first[axis] for axis in order]
+            return [first[axis] for axis in permutation(node)]
         if target in REDUCTIONS:
             gone = reduced(node)
             self._bind([first[axis] for axis in gone])

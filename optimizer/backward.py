@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .axes import PERMUTES, PRODUCTS, RESHAPES
+from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, shape
 from .pointwise import SAME, constant, number
@@ -34,10 +34,10 @@ SCALED = {aten.mul.Tensor, aten.div.Tensor}
 
 @dataclass(frozen=True)
 class Factor:
-    """What a product multiplies: something known for all steps, and views of it."""
+    """What a product multiplies: something known for all steps, its axes in another order."""
 
     name: str
-    views: tuple[Node, ...]
+    order: tuple[int, ...]  # of all steps' axes, steps first
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class _Division:
             return Term(chain, factors=self._factors(root, wanted))
         name = next((name for name, node in wanted.items() if node is root), None)
         if name is not None:
-            return Term(chain, factors=(Factor(name, ()),))
+            return Term(chain, factors=(Factor(name, tuple(range(len(shape(root)) + 1))),))
         if root not in sums:
             sums.append(root)
         return Term(chain, carry=sums.index(root))
@@ -309,16 +309,18 @@ class _Division:
         """What a product multiplies; the walk returns what is not there before it."""
         made = []
         for factor in cast(tuple[Node, Node], product.args):
-            views: tuple[Node, ...] = ()
+            order: Sequence[int] = range(len(shape(factor)))
             while factor.target in PERMUTES:
-                factor, views = cast(Node, factor.args[0]), (factor, *views)
+                moved = permutation(factor)
+                factor, order = cast(Node, factor.args[0]), [moved[axis] for axis in order]
+            place = (0, *(axis + 1 for axis in order))
             if factor in self.heads and not factor.name.startswith("carry_"):
-                made.append(Factor(factor.name, views))
+                made.append(Factor(factor.name, place))
                 continue
             name = next((name for name, node in wanted.items() if node is factor),
                         f"factor_{len(wanted)}")
             wanted[name] = factor
-            made.append(Factor(name, views))
+            made.append(Factor(name, place))
         return tuple(made)
 
     def _walk(

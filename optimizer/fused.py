@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +19,7 @@ from torch import Tensor
 from .backward import backward_of
 from .kernel_loops import contiguous
 from .loop import plain_loop
-from .packing import kernel_for, packed, step_sizes, step_strides
-from .pointwise import Unsupported
+from .packing import Lie, kernel_for, plan, step_sizes
 from .step import step_function
 from .walk import backward, keep, result_sizes
 
@@ -50,12 +48,14 @@ def is_built(
 
     Raises `Unsupported` with a reason where there can be none, or none for its backward.
     """
-    counts = len(carries), len(slices), len(invariants)
+    given = (*carries, *slices, *invariants)
+    counts = held, read, _ = len(carries), len(slices), len(invariants)
     sizes = step_sizes(carries, slices, invariants)
-    chosen = kernel_for(step, sizes, counts, step_strides(carries, slices, invariants))
+    strides = [t.stride()[held <= k < held + read :] for k, t in enumerate(given)]
+    chosen = kernel_for(step, tuple(map(Lie, sizes, strides)), counts)
     back = backward_of(step, sizes, counts, (True,) * len(sizes))
-    inner = counts[0] + len(back.sums), len(back.slices), len(back.invariants)
-    kernel_for(back.step, back.sizes, inner, tuple(map(contiguous, back.sizes)))
+    inner = held + len(back.sums), len(back.slices), len(back.invariants)
+    kernel_for(back.step, tuple(Lie(size, contiguous(size)) for size in back.sizes), inner)
     return _library(chosen.source) is not None
 
 
@@ -79,24 +79,19 @@ def _run(
 ) -> list[Tensor]:
     """`fused_scan`; outputs may be written over the slices that are `spent`."""
     given = (*carries, *slices, *invariants)
-    counts = held, read, _ = len(carries), len(slices), len(invariants)
-    chosen = library = None
-    if {(t.device.type, t.dtype) for t in given} in KINDS and all(t.numel() for t in given):
-        with suppress(Unsupported):  # tensors may lie otherwise than those it was built for
-            chosen = kernel_for(step, step_sizes(carries, slices, invariants), counts,
-                                step_strides(carries, slices, invariants), spent)
-            library = _library(chosen.source)
-    if chosen is None or library is None:
+    first, counts = carries[0], (len(carries), len(slices), len(invariants))
+    kind = first.device.type, first.dtype
+    found = None
+    if {kind} in KINDS and all((t.device.type, t.dtype) == kind for t in given):
+        shapes = tuple((t.shape, t.stride()) for t in given)
+        found = plan(step, shapes, counts, first.element_size(), reverse, spent)
+    library = found and _library(found.source)
+    if found is None or library is None:
         return _plain(step, carries, slices, invariants, reverse)
-    steps = slices[0].shape[0]
-    moving = {*range(held, held + read), *range(len(given) + held, len(chosen.layouts))}
-    numbers, sizes, made, alive = packed(chosen, given, moving, steps, reverse)
-    work = max(*(t.numel() for t in alive), steps * max(t.numel() for t in carries))
-    threads = torch.get_num_threads() if work >= SMALL else 1
-    getattr(library, DTYPES[carries[0].dtype])(
-        (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * len(sizes))(*sizes),
-        ctypes.c_int64(steps), ctypes.c_int64(threads),
-    )
+    numbers, made, _alive = found.packed(given)
+    threads = torch.get_num_threads() if found.work >= SMALL else 1
+    getattr(library, DTYPES[first.dtype])(
+        numbers, found.sizes, ctypes.c_int64(found.steps), ctypes.c_int64(threads))
     return [t.contiguous() for t in made]
 
 

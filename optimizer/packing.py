@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .kernel import Kernel, Layout, free_parts, kernel, layout
@@ -13,6 +17,22 @@ from .kernel_loops import contiguous
 from .kernel_source import AXES
 from .pointwise import Unsupported
 from .step import Counts, Sizes
+
+RECORD = 3 + AXES  # numbers of one argument: its address, step, pitch and strides
+
+
+class Lie(NamedTuple):
+    """Sizes and strides of a tensor."""
+
+    sizes: Sizes
+    strides: Sizes
+
+    def of_step(self) -> Lie:
+        """Those of one of its steps."""
+        return Lie(self.sizes[1:], self.strides[1:])
+
+    def empty(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(self.sizes, self.strides, dtype=like.dtype, device=like.device)
 
 
 def step_sizes(
@@ -24,30 +44,22 @@ def step_sizes(
     return tuple(tuple(map(int, shape)) for shape in shapes)  # a step is of known sizes
 
 
-def step_strides(
-    carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor]
-) -> tuple[Sizes, ...]:
-    """How the arguments of one step lie."""
-    return (*(t.stride() for t in carries), *(t.stride()[1:] for t in slices),
-            *(t.stride() for t in invariants))
-
-
 @lru_cache(maxsize=512)
 def kernel_for(
-    step: str, sizes: tuple[Sizes, ...], counts: Counts, strides: tuple[Sizes, ...],
-    spent: frozenset[int] = frozenset(),
+    step: str, given: tuple[Lie, ...], counts: Counts, spent: frozenset[int] = frozenset()
 ) -> Kernel:
-    """The kernel for arguments that lie so: of those possible, the one that copies least.
+    """The kernel for a step's arguments that lie so: of those possible, the one that copies least.
 
     Raises `Unsupported` with a reason where there is none.
     """
+    sizes = tuple(lie.sizes for lie in given)
     if not all(map(math.prod, sizes)):
         raise Unsupported("a value of it has no elements")
     axes, nodes = free_parts(step, sizes, counts[0])
     shapes = [tuple(n.meta["val"].shape) for n in nodes]
-    lies = [*strides, *map(contiguous, shapes[len(strides):])]
+    lies = [*given, *(Lie(shape, contiguous(shape)) for shape in shapes[len(given):])]
     held, read, _ = counts
-    moving = [*range(held, held + read), *range(len(strides) + held, len(nodes))]
+    moving = [*range(held, held + read), *range(len(given) + held, len(nodes))]
     inner = max(math.prod(axes.inner(n)) for n in nodes)
     # where an axis is joined of two parts, only the faster can lie one element after the other
     slow = {part for node in nodes for axis in axes.of(node) for part in axis[:-1]}
@@ -59,16 +71,16 @@ def kernel_for(
         lane = None if number is None else axes.free[number]
         size = 0 if lane is None else axes.sizes[lane]
         copied = sum(math.prod(shapes[k]) for k in moving
-                     if pitch(layout(axes, nodes[k], lane), shapes[k], lies[k], lane) is None)
+                     if pitch(layout(axes, nodes[k], lane), lies[k], lane) is None)
         return copied, size < 8, -size
 
     return kernel(step, sizes, counts, min(lanes, key=cost), spent)
 
 
-def pitch(how: Layout, sizes: Sizes, strides: Sizes, lane: int | None) -> int | None:
+def pitch(how: Layout, lie: Lie, lane: int | None) -> int | None:
     """From one inner element of an argument to the next; None if it has to be copied."""
     packed, found = contiguous(how.inner, how.order), 0
-    for axis, (size, stride, parts) in enumerate(zip(sizes, strides, how.free, strict=True)):
+    for axis, (size, stride, parts) in enumerate(zip(*lie, how.free, strict=True)):
         if size > 1 and parts:
             if lane in parts and stride != 1:
                 return None
@@ -79,50 +91,89 @@ def pitch(how: Layout, sizes: Sizes, strides: Sizes, lane: int | None) -> int | 
     return found or 1 if how.lane or found < 2 else None
 
 
-def packed(
-    chosen: Kernel, given: Sequence[Tensor], moving: set[int], steps: int, reverse: bool
-) -> tuple[list[int], list[int], list[Tensor], list[Tensor]]:
-    """The kernel's arguments and sizes as numbers, its results, and what has to stay alive."""
-    tensors = [_laid(t, chosen, k, k in moving) for k, t in enumerate(given)]
-    made = [tensors[chosen.overwrites[k]] if k in chosen.overwrites else
-            _empty(how, steps if k in moving else None, chosen, given[0])
-            for k, how in enumerate(chosen.layouts) if k >= len(given)]
-    tensors += made
-    sizes, rows = _coalesced(chosen, [
-        _free_strides(t.stride()[k in moving :], chosen, k) for k, t in enumerate(tensors)])
-    spare = AXES - len(sizes)
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is called on arguments that lie in one way.
+
+    `copied`: how arguments have to lie that don't, by number; `made`: the results, or the number
+    of the argument that one is written over; `numbers`: what the kernel reads, without addresses;
+    `starts`: bytes from a tensor's address to its first step; `work`: the most elements that a
+    tensor has, or a carry over time.
+    """
+
+    source: str
+    copied: dict[int, Lie]
+    made: tuple[Lie | int, ...]
+    numbers: ctypes.Array[ctypes.c_int64]
+    sizes: ctypes.Array[ctypes.c_int64]
+    starts: tuple[int, ...]
+    steps: int
+    work: int
+
+    def packed(
+        self, given: Sequence[Tensor]
+    ) -> tuple[ctypes.Array[ctypes.c_int64], list[Tensor], list[Tensor]]:
+        """The kernel's arguments, its results, and all tensors that have to stay alive."""
+        tensors = [self.copied[k].empty(t).copy_(t) if k in self.copied else t
+                   for k, t in enumerate(given)]
+        made = [tensors[lie] if isinstance(lie, int) else lie.empty(given[0])
+                for lie in self.made]
+        tensors += made
+        numbers = type(self.numbers).from_buffer_copy(self.numbers)
+        for k, start in enumerate(self.starts):
+            numbers[k * RECORD] = tensors[k].data_ptr() + start
+        return numbers, made, tensors
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    step: str, shapes: tuple[tuple[Sizes, Sizes], ...], counts: Counts, itemsize: int,
+    reverse: bool, spent: frozenset[int],
+) -> Plan | None:
+    """The plan for arguments of such sizes and strides; None where no kernel runs them."""
+    held, read, _ = counts
+    given = [Lie(*shape) for shape in shapes]
+    once = [lie.of_step() if held <= k < held + read else lie for k, lie in enumerate(given)]
+    steps = given[held].sizes[0]
+    try:
+        chosen = kernel_for(step, tuple(once), counts, spent)
+    except Unsupported:  # they may lie otherwise than those that one was built for
+        return None
+    if not steps:
+        return None
+    moving = {*range(held, held + read), *range(len(given) + held, len(chosen.layouts))}
+    copied = {k: _packed(chosen.layouts[k], lie.sizes, k in moving) for k, lie in enumerate(given)
+              if pitch(chosen.layouts[k], once[k], chosen.lane) is None}
+    lies = [copied.get(k, lie) for k, lie in enumerate(given)]
+    made: list[Lie | int] = []
+    for k, how in enumerate(chosen.layouts[len(given) :], len(given)):
+        sizes = [math.prod([n, *(chosen.free[p] for p in parts)])
+                 for n, parts in zip(how.inner, how.free, strict=True)]
+        own = _packed(how, (steps, *sizes) if k in moving else tuple(sizes), k in moving)
+        made.append(chosen.overwrites.get(k, own))
+        lies.append(lies[chosen.overwrites[k]] if k in chosen.overwrites else own)
+    once = [lie.of_step() if k in moving else lie for k, lie in enumerate(lies)]
+    free, rows = _coalesced(chosen, [_free_strides(lie.strides, chosen, k)
+                                     for k, lie in enumerate(once)])
+    spare = [0] * (AXES - len(free))
     numbers: list[int] = []
-    for k, (tensor, row) in enumerate(zip(tensors, rows, strict=True)):
-        stride = tensor.stride(0) if k in moving else 0
-        first = tensor.data_ptr()
-        if reverse:
-            first += (steps - 1) * stride * tensor.element_size()
-            stride = -stride
-        step = pitch(chosen.layouts[k], tuple(tensor.shape[k in moving :]),
-                     tensor.stride()[k in moving :], chosen.lane)
-        numbers += [first, stride, step or 1, *[0] * spare, *row]
-    return numbers, [*[1] * spare, *sizes], made, tensors
+    starts = []
+    for k, (lie, row) in enumerate(zip(lies, rows, strict=True)):
+        stride = lie.strides[0] if k in moving else 0
+        starts.append((steps - 1) * stride * itemsize if reverse else 0)
+        apart = pitch(chosen.layouts[k], once[k], chosen.lane)
+        numbers += [0, -stride if reverse else stride, apart or 1, *spare, *row]
+    all_sizes = [*[1] * len(spare), *free]
+    work = max(*(math.prod(lie.sizes) for lie in lies),
+               steps * max(math.prod(lie.sizes) for lie in given[:held]))
+    return Plan(chosen.source, copied, tuple(made), (ctypes.c_int64 * len(numbers))(*numbers),
+                (ctypes.c_int64 * AXES)(*all_sizes), tuple(starts), steps, work)
 
 
-def _laid(tensor: Tensor, chosen: Kernel, k: int, moves: bool) -> Tensor:
-    how = chosen.layouts[k]
-    if pitch(how, tuple(tensor.shape[moves:]), tensor.stride()[moves:], chosen.lane) is not None:
-        return tensor
-    order = [0, *(a + 1 for a in how.order)] if moves else list(how.order)
-    return tensor.permute(order).contiguous().permute(_inverse(order))
-
-
-def _empty(how: Layout, steps: int | None, chosen: Kernel, like: Tensor) -> Tensor:
-    sizes = [math.prod([n, *(chosen.free[p] for p in parts)])
-             for n, parts in zip(how.inner, how.free, strict=True)]
-    order = list(how.order)
-    if steps is not None:
-        sizes, order = [steps, *sizes], [0, *(a + 1 for a in order)]
-    return like.new_empty([sizes[a] for a in order]).permute(_inverse(order))
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return [list(order).index(a) for a in range(len(order))]
+def _packed(how: Layout, sizes: Sizes, moves: bool) -> Lie:
+    """How a tensor lies as a kernel reads it, without gaps."""
+    order = [0, *(a + 1 for a in how.order)] if moves else how.order
+    return Lie(sizes, contiguous(sizes, order))
 
 
 def _free_strides(strides: Sequence[int], chosen: Kernel, k: int) -> dict[int, int]:

@@ -233,7 +233,7 @@ def _with_history(step: str, counts: Counts, there: tuple[int, ...]) -> str:
 
 def _product(term: Term, known: dict[str, Tensor]) -> Tensor:
     """A summand of an invariant's gradient, of factors that are known for all steps."""
-    factors = [_viewed(known[f.name], f.views) for f in term.factors]
+    factors = [known[f.name].permute(f.order) for f in term.factors]
     if len(factors) == 1:
         return _chained(term, factors[0].sum(0))
     left, right = factors[0].movedim(0, -2), factors[1].movedim(0, -3)
@@ -246,8 +246,3 @@ def _chained(term: Term, total: Tensor) -> Tensor:
         total = function(total, *node.args[1:], **node.kwargs)
     return total
 
-
-def _viewed(tensor: Tensor, views: Sequence[Any]) -> Tensor:
-    for node in views:
-        tensor = torch.vmap(lambda x, node=node: node.target(x, *node.args[1:]))(tensor)
-    return tensor
