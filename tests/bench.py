@@ -38,6 +38,7 @@ class Row:
     input_options: tuple[tuple[str, Any], ...] = ()
 
 
+BY_HAND = {"Gru": "GruByHand", "Evolution": "EvolutionByHand"}  # of the recurrent models
 ROWS = (
     Row("eigenstate T=128", "eigenstate", input_options=(("length", 128),)),
     Row("eigenstate T=1024", "eigenstate", input_options=(("length", 1024),)),
@@ -58,10 +59,11 @@ ROWS = (
     Row("hyper-connections, dynamic, 2 fractions", "hyper_connections", "hyper_connections",
         "hyper_connections_by_hand", options=(("mode", "hc"), ("num_fracs", 2))),
     *(Row(f"{name}, T={length}", "looplift.tests.recurrences", name,
-          "GruByHand" if name == "Gru" else "", input_options=(("length", length),))
+          BY_HAND.get(name, ""), input_options=(("length", length),))
       for name in ("Gru", "Lstm", "GatedDeltaRule", "GatedLinearAttention", "Rwkv4", "Rwkv6",
-                   "SelectiveScan", "MatrixLstm", "Spiking", "RunningStatistics", "NeuralOde")
-      for length in (64, 256)),
+                   "SelectiveScan", "MatrixLstm", "Spiking", "RunningStatistics", "NeuralOde",
+                   "Evolution")
+      for length in ((64, 256, 4096) if name == "Evolution" else (64, 256))),
 )
 
 

@@ -269,9 +269,47 @@ class NeuralOde(nn.Module):
         return torch.stack(outputs, 1)
 
 
+class Evolution(nn.Module):
+    """The recurrence of models/eigenstate.py alone: decaying, rotating states."""
+
+    def __init__(self, size: str = "full") -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.linspace(0.0, 4.0, WIDTH))
+        self.angle = nn.Parameter(torch.linspace(0.0, 3.0, WIDTH))
+
+    def eigenvalues(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.sigmoid(self.decay), torch.cos(self.angle), torch.sin(self.angle)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        decay, cosine, sine = self.eigenvalues()
+        real = imaginary = torch.zeros_like(x[:, 0])
+        reals, imaginaries = [], []
+        for t in range(x.shape[1]):
+            real, imaginary = (decay * (real * cosine - imaginary * sine) + x[:, t],
+                               decay * (real * sine + imaginary * cosine))
+            reals.append(real)
+            imaginaries.append(imaginary)
+        return torch.stack(reals, 1), torch.stack(imaginaries, 1)
+
+
+class EvolutionByHand(Evolution):
+    """The same into buffers made before the loop, as the seed's hand form has it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        decay, cosine, sine = self.eigenvalues()
+        real = imaginary = torch.zeros_like(x[:, 0])
+        reals, imaginaries = torch.empty_like(x), torch.empty_like(x)
+        for t in range(x.shape[1]):
+            real, imaginary = (decay * (real * cosine - imaginary * sine) + x[:, t],
+                               decay * (real * sine + imaginary * cosine))
+            reals[:, t] = real
+            imaginaries[:, t] = imaginary
+        return reals, imaginaries
+
+
 MODELS: dict[str, type[nn.Module]] = {
     "GRU": Gru, "GRU of cells": GruCells, "LSTM": Lstm, "gated delta rule": GatedDeltaRule,
     "gated linear attention": GatedLinearAttention, "RWKV-4": Rwkv4, "RWKV-6": Rwkv6,
     "Mamba": SelectiveScan, "mLSTM": MatrixLstm, "spiking": Spiking,
-    "running statistics": RunningStatistics, "neural ODE": NeuralOde,
+    "running statistics": RunningStatistics, "neural ODE": NeuralOde, "eigenstates": Evolution,
 }

@@ -6,7 +6,8 @@ import looplift
 import pytest
 import torch
 from looplift.passes import ORDER
-from looplift.tests.recurrences import MODELS, WIDTH, Gru, GruByHand
+from looplift.tests.recurrences import MODELS, WIDTH, Evolution, EvolutionByHand, Gru, GruByHand
+from torch import nn
 from torch.testing import assert_close
 
 
@@ -22,7 +23,8 @@ def test_one_kernel(name: str) -> None:
     for run in (model, fast):
         given = x.clone().requires_grad_()
         y = run(given)
-        results.append((y, torch.autograd.grad(y.sin().sum(), [given, *model.parameters()])))
+        total = sum(part.sin().sum() for part in (y if isinstance(y, tuple) else (y,)))
+        results.append((y, torch.autograd.grad(total, [given, *model.parameters()])))
     assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
@@ -36,8 +38,9 @@ def test_what_the_steps_compute_is_never_in_memory() -> None:
     assert max(t.numel() for t in made if isinstance(t, torch.Tensor)) == x.numel()
 
 
-def test_the_hand_form_is_the_loop() -> None:
+@pytest.mark.parametrize("pair", [(Gru, GruByHand), (Evolution, EvolutionByHand)])
+def test_the_hand_form_is_the_loop(pair: tuple[type[nn.Module], type[nn.Module]]) -> None:
     torch.manual_seed(0)
-    loop, hand, x = Gru(), GruByHand(), torch.randn(2, 9, WIDTH)
+    (loop, hand), x = (form() for form in pair), torch.randn(2, 9, WIDTH)
     hand.load_state_dict(loop.state_dict())
     assert_close(hand(x), loop(x))
