@@ -62,61 +62,64 @@ def is_built(
 @torch.library.custom_op("looplift::fused_scan", mutates_args=())
 def fused_scan(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    outputs: int, reverse: bool,
+    axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
-    """The final carries, then each of the `outputs` of all steps, stacked on axis 0.
+    """The final carries, then each output of all steps, stacked along its axis of `axes`.
 
     `step(*carries, *slice, *invariants)` returns the next carries, then this step's outputs.
     `slices` hold one step along axis 0 each. In `reverse` the last step is the first. All
     tensors have one dtype.
     """
-    return _run(step, carries, slices, invariants, reverse)
+    made = _run(step, carries, slices, invariants, axes, reverse)
+    return [t.contiguous() for t in made]
 
 
 def _run(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    reverse: bool, spent: frozenset[int] = frozenset(),
+    axes: Sequence[int], reverse: bool, spent: frozenset[int] = frozenset(),
 ) -> list[Tensor]:
-    """`fused_scan`; outputs may be written over the slices that are `spent`."""
+    """`fused_scan`, results in any layout; outputs may be written over slices that are `spent`."""
     given = (*carries, *slices, *invariants)
     first, counts = carries[0], (len(carries), len(slices), len(invariants))
     kind = first.device.type, first.dtype
     found = None
     if {kind} in KINDS and all((t.device.type, t.dtype) == kind for t in given):
         shapes = tuple((t.shape, t.stride()) for t in given)
-        found = plan(step, shapes, counts, first.element_size(), reverse, spent)
+        found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse,
+                     spent)
     library = found and _library(found.source)
     if found is None or library is None:
-        return _plain(step, carries, slices, invariants, reverse)
+        return _plain(step, carries, slices, invariants, axes, reverse)
     numbers, made, _alive = found.packed(given)
     threads = torch.get_num_threads() if found.work >= SMALL else 1
     getattr(library, DTYPES[first.dtype])(
         numbers, found.sizes, ctypes.c_int64(found.steps), ctypes.c_int64(threads))
-    return [t.contiguous() for t in made]
+    return made
 
 
 def _plain(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    reverse: bool,
+    axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
     body: Any = step_function(step)
     turned = [s.flip(0) for s in slices] if reverse else slices
     results = plain_loop(body, carries, turned, invariants)
     held = len(carries)
     finals = [r.clone() for r in results[:held]]
-    return finals + [r.flip(0) if reverse else r for r in results[held:]]
+    return finals + [(r.flip(0) if reverse else r).movedim(0, axis)
+                     for r, axis in zip(results[held:], axes, strict=True)]
 
 
 @fused_scan.register_fake
 def _(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    outputs: int, reverse: bool,
+    axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
-    given = (*carries, *slices, *invariants)
-    results = result_sizes(step, step_sizes(carries, slices, invariants))
-    steps = slices[0].shape[0]
-    made = [given[0].new_empty(shape) for shape in results[: len(carries)]]
-    return made + [given[0].new_empty((steps, *shape)) for shape in results[len(carries) :]]
+    results, held = result_sizes(step, step_sizes(carries, slices, invariants)), len(carries)
+    steps, like = slices[0].shape[0], carries[0]
+    stacked = [(*shape[:axis], steps, *shape[axis:])
+               for shape, axis in zip(results[held:], axes, strict=True)]
+    return [like.new_empty(shape) for shape in (*results[:held], *stacked)]
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -124,8 +127,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     given = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
     if torch.is_grad_enabled() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
         return backward(lambda *args: fused_scan(*args[:-1]), True, ctx, grads)
-    return backward(lambda step, carries, slices, invariants, _, reverse, spent:
-                    _run(step, carries, slices, invariants, reverse, spent), False, ctx, grads)
+    return backward(_run, False, ctx, grads)
 
 
 fused_scan.register_autograd(_backward, setup_context=keep)

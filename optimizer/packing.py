@@ -96,14 +96,14 @@ class Plan:
     """How a kernel is called on arguments that lie in one way.
 
     `copied`: how arguments have to lie that don't, by number; `made`: the results, or the number
-    of the argument that one is written over; `numbers`: what the kernel reads, without addresses;
-    `starts`: bytes from a tensor's address to its first step; `work`: the most elements that a
-    tensor has, or a carry over time.
+    of the argument that one is written over, and the axis of their steps; `numbers`: what the
+    kernel reads, without addresses; `starts`: bytes from a tensor's address to its first step;
+    `work`: the most elements that a tensor has, or a carry over time.
     """
 
     source: str
     copied: dict[int, Lie]
-    made: tuple[Lie | int, ...]
+    made: tuple[tuple[Lie | int, int], ...]
     numbers: ctypes.Array[ctypes.c_int64]
     sizes: ctypes.Array[ctypes.c_int64]
     starts: tuple[int, ...]
@@ -117,20 +117,25 @@ class Plan:
         tensors = [self.copied[k].empty(t).copy_(t) if k in self.copied else t
                    for k, t in enumerate(given)]
         made = [tensors[lie] if isinstance(lie, int) else lie.empty(given[0])
-                for lie in self.made]
+                for lie, _ in self.made]
         tensors += made
         numbers = type(self.numbers).from_buffer_copy(self.numbers)
         for k, start in enumerate(self.starts):
             numbers[k * RECORD] = tensors[k].data_ptr() + start
-        return numbers, made, tensors
+        results = [t.movedim(0, axis) if axis else t
+                   for t, (_, axis) in zip(made, self.made, strict=True)]
+        return numbers, results, tensors
 
 
 @lru_cache(maxsize=1024)
 def plan(
     step: str, shapes: tuple[tuple[Sizes, Sizes], ...], counts: Counts, itemsize: int,
-    reverse: bool, spent: frozenset[int],
+    axes: tuple[int, ...], reverse: bool, spent: frozenset[int],
 ) -> Plan | None:
-    """The plan for arguments of such sizes and strides; None where no kernel runs them."""
+    """The plan for arguments of such sizes and strides; None where no kernel runs them.
+
+    Outputs have their steps along `axes`, and lie contiguously so if the kernel can write so.
+    """
     held, read, _ = counts
     given = [Lie(*shape) for shape in shapes]
     once = [lie.of_step() if held <= k < held + read else lie for k, lie in enumerate(given)]
@@ -145,12 +150,18 @@ def plan(
     copied = {k: _packed(chosen.layouts[k], lie.sizes, k in moving) for k, lie in enumerate(given)
               if pitch(chosen.layouts[k], once[k], chosen.lane) is None}
     lies = [copied.get(k, lie) for k, lie in enumerate(given)]
-    made: list[Lie | int] = []
+    made: list[tuple[Lie | int, int]] = []
     for k, how in enumerate(chosen.layouts[len(given) :], len(given)):
-        sizes = [math.prod([n, *(chosen.free[p] for p in parts)])
-                 for n, parts in zip(how.inner, how.free, strict=True)]
-        own = _packed(how, (steps, *sizes) if k in moving else tuple(sizes), k in moving)
-        made.append(chosen.overwrites.get(k, own))
+        sizes = tuple(math.prod([n, *(chosen.free[p] for p in parts)])
+                      for n, parts in zip(how.inner, how.free, strict=True))
+        axis = axes[k - len(given) - held] if k in moving else 0
+        if k in moving:
+            own = _stacked((steps, *sizes), axis)
+            if pitch(how, own.of_step(), chosen.lane) is None:
+                own = _packed(how, (steps, *sizes), True)
+        else:
+            own = _packed(how, sizes, False)
+        made.append((chosen.overwrites.get(k, own), axis))
         lies.append(lies[chosen.overwrites[k]] if k in chosen.overwrites else own)
     once = [lie.of_step() if k in moving else lie for k, lie in enumerate(lies)]
     free, rows = _coalesced(chosen, [_free_strides(lie.strides, chosen, k)
@@ -168,6 +179,12 @@ def plan(
                steps * max(math.prod(lie.sizes) for lie in given[:held]))
     return Plan(chosen.source, copied, tuple(made), (ctypes.c_int64 * len(numbers))(*numbers),
                 (ctypes.c_int64 * AXES)(*all_sizes), tuple(starts), steps, work)
+
+
+def _stacked(sizes: Sizes, axis: int) -> Lie:
+    """How a tensor lies whose first axis is to be at `axis` of a contiguous one."""
+    order = [*range(1, axis + 1), 0, *range(axis + 1, len(sizes))]
+    return Lie(sizes, contiguous(sizes, order))
 
 
 def _packed(how: Layout, sizes: Sizes, moves: bool) -> Lie:

@@ -25,8 +25,8 @@ CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
 
 Tensors = Sequence[Tensor]
-# step, carries, slices, invariants, count of outputs, reverse, slices that may be overwritten
-Scan = Callable[[str, Tensors, Tensors, Tensors, int, bool, frozenset[int]], list[Tensor]]
+# step, carries, slices, invariants, axes of outputs, reverse, slices that may be overwritten
+Scan = Callable[[str, Tensors, Tensors, Tensors, Sequence[int], bool, frozenset[int]], list[Tensor]]
 
 
 @lru_cache(maxsize=256)
@@ -48,7 +48,7 @@ def shown(step: str, sizes: tuple[Sizes, ...], held: int) -> dict[int, tuple[int
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
     """What the backward needs of a call."""
-    ctx.step, carries, slices, invariants, _, ctx.reverse = inputs
+    ctx.step, carries, slices, invariants, ctx.axes, ctx.reverse = inputs
     ctx.counts = len(carries), len(slices), len(invariants)
     found = shown(ctx.step, step_sizes(carries, slices, invariants), len(carries))
     outputs = [output[len(carries) + number] for number, _ in found.values()]
@@ -59,7 +59,8 @@ def backward(scan: Scan, whole: bool, ctx: Any, grads: Sequence[Tensor | None]) 
     """Gradients of the arguments of `fused_scan`; in one chunk if it is to be `whole`."""
     walk = _Walk(scan, ctx, grads)
     to_carries, to_slices, to_invariants = walk.run(whole)
-    return None, to_carries, to_slices, to_invariants, None, None
+    # an empty list of numbers counts as one of tensors
+    return None, to_carries, to_slices, to_invariants, None if ctx.axes else [], None
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ class _Walk:
         arguments = (self.carries, self.slices, self.invariants)
         sizes = step_sizes(*arguments)
         self.shown = shown(ctx.step, sizes, held)
-        self.outputs = dict(zip(self.shown, saved[held + read + fixed :], strict=True))
+        self.outputs = {k: output.movedim(ctx.axes[j], 0) for (k, (j, _)), output in
+                        zip(self.shown.items(), saved[held + read + fixed :], strict=True)}
         like = self.carries[0]
-        self.grads = [like.new_zeros([self.steps] * (k >= held) + list(size)) if g is None else g
+        self.grads = [like.new_zeros([self.steps] * (k >= held) + list(size)) if g is None else
+                      g if k < held else g.movedim(ctx.axes[k - held], 0)
                       for k, (g, size) in enumerate(
                           zip(grads, result_sizes(ctx.step, sizes), strict=True))]
         wanted = tuple(t.requires_grad for ts in arguments for t in ts)
@@ -168,7 +171,7 @@ class _Walk:
                   *(s[span.start : span.stop] for s in self.slices)]
         count = len(self.hidden)
         found = self.scan(step, [span.carries[k] for k in self.hidden], slices, self.invariants,
-                          count, self.reverse, frozenset())
+                          [0] * count, self.reverse, frozenset())
         known |= {f"history_{k}": t for k, t in zip(self.hidden, found[count:], strict=True)}
         return known, dict(zip(self.hidden, found, strict=False))
 
@@ -202,18 +205,28 @@ class _Walk:
                   for k, t in enumerate(self.invariants)}
         if back.before:
             per_step = [known[name] for name in back.before_slices]
-            axes = (*[0] * len(per_step), *[None] * len(self.invariants))
-            made = torch.vmap(step_function(back.before), in_dims=axes)(*per_step, *self.invariants)
+            places = (*[0] * len(per_step), *[None] * len(self.invariants))
+            made = torch.vmap(step_function(back.before), in_dims=places)(*per_step, *self.invariants)
             known |= {f"before_{k}": t for k, t in enumerate(made)}
             own |= {f"before_{k}" for k in range(len(made))}
         spent = frozenset(k for k, name in enumerate(back.slices) if name in own - back.factors)
+        axes = [_axis_of_steps(self.slices[int(name.removeprefix("to_slice_"))])
+                if name.startswith("to_slice_") else 0 for name in back.outputs]
         found = self.scan(back.step, carried, [known[name] for name in back.slices],
-                          [self.invariants[k] for k in back.invariants], len(back.outputs),
+                          [self.invariants[k] for k in back.invariants], axes,
                           not self.reverse, spent)
-        known |= dict(zip(back.outputs, found[len(carried) :], strict=True))
+        known |= {name: t.movedim(axis, 0) for name, axis, t in
+                  zip(back.outputs, axes, found[len(carried) :], strict=True)}
         known |= {name: known[whole].narrow(axis + 1, start, size)
                   for name, (whole, axis, start, size) in back.pieces.items()}
         return found[: len(carried)], known
+
+
+def _axis_of_steps(tensor: Tensor) -> int:
+    """Where in memory the first axis of a tensor lies among the others."""
+    first, *others = tensor.stride()
+    return sum(stride > first for stride, size in zip(others, tensor.shape[1:], strict=True)
+               if size > 1)
 
 
 @lru_cache(maxsize=256)

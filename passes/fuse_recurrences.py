@@ -32,7 +32,7 @@ from torch.fx import GraphModule, Node
 from ..optimizer.builder import Builder, duplicate, output_node, placeholders
 from ..optimizer.distribute import replacing
 from ..optimizer.emit import sourced
-from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, trips, value
+from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, stacked_as, trips, value
 from ..optimizer.fused import KINDS, is_built
 from ..optimizer.pointwise import Unsupported, no_rule
 from ..optimizer.rewrite import Rewrite, Skip
@@ -99,8 +99,12 @@ def fused(build: Builder, scan: Node, given: Sunk, kernel: Fusible) -> Sequence[
     results = cast(tuple[Node, ...], output_node(given.body).args[0])
     invariants += [build.call(aten.full.default, [], number, dtype=dtype, device=CPU)
                    for number in kernel.numbers]
+    stacked = {int(cast(int, r.args[1])): stacked_as(r)[1] for r in scan.users}
+    axes = [stacked.get(k, 0) for k in range(len(carries), len(results))]
     made = build.several(torch.ops.looplift.fused_scan.default, kernel.step, list(carries), slices,
-                         invariants, len(results) - len(carries), False)
+                         invariants, axes, False)
+    made[len(carries) :] = [build.move(n, axis, 0)
+                            for n, axis in zip(made[len(carries) :], axes, strict=True)]
     return [build.call(aten.ne.Scalar, n, 0) if value(result).dtype is torch.bool else n
             for n, result in zip(made, results, strict=True)]
 

@@ -41,7 +41,7 @@ class Step:
     invariants: list[Shape] = field(default_factory=list)
     carries: list[Shape] = field(default_factory=list)
     slices: list[Shape] = field(default_factory=list)
-    outputs: int = 0
+    outputs: list[Shape] = field(default_factory=list)
     source: str = ""
 
     def run(self) -> Step:
@@ -66,7 +66,7 @@ class Step:
         if self.carries[1:2] == self.carries[:1] and draw.random() < 0.3:
             nexts[0] = "c1"
         shown = draw.sample(self.values, min(len(self.values), draw.choice((0, 1, 2, 3))))
-        self.outputs = len(shown)
+        self.outputs = [shape for _, shape in shown]
         names = [f"{kind}{k}" for kind, shapes in
                  (("c", self.carries), ("s", self.slices), ("i", self.invariants))
                  for k in range(len(shapes))]
@@ -190,8 +190,10 @@ def compare(seed: int) -> str:
     turned = [s.flip(0) if reverse else s for s in slices]
     results: Any = plain_loop(body, carries, turned, invariants)  # type: ignore[arg-type]
     held = len(carries)
-    want = [*results[:held], *(r.flip(0) if reverse else r for r in results[held:])]
-    got = fused_scan(step.source, carries, slices, invariants, step.outputs, reverse)
+    axes = [draw.randrange(len(shape) + 1) for shape in step.outputs]
+    want = [*results[:held], *((r.flip(0) if reverse else r).movedim(0, axis)
+                               for r, axis in zip(results[held:], axes, strict=True))]
+    got = fused_scan(step.source, carries, slices, invariants, axes, reverse)
     torch.testing.assert_close(list(got), want, rtol=1e-8, atol=1e-9)
     weights = [torch.randn(r.shape, dtype=r.dtype, generator=generator) for r in want]
     grads = []

@@ -60,7 +60,7 @@ def same(
     wanted = [t for t in (*carries, *slices, *invariants) if t.requires_grad]
     results = []
     for found in (plain(step, carries, slices, invariants, reverse),
-                  fused_scan(step, carries, slices, invariants, outputs, reverse)):
+                  fused_scan(step, carries, slices, invariants, [0] * outputs, reverse)):
         weights = [torch.linspace(0.5, 1.5, r.numel(), dtype=r.dtype).view(r.shape)
                    for r in found]
         grads = torch.autograd.grad(found, wanted, weights, allow_unused=True) if wanted else ()
@@ -253,7 +253,7 @@ def test_memory_that_is_used_again_is_none_that_anyone_sees() -> None:
     """The backward writes over what it computed itself, and over nothing else."""
     h, c, x = random(2, 3, grad=True), random(2, 3, grad=True), random(6, 2, 12, grad=True)
     weight = random(3, 12, grad=True)
-    results = fused_scan(LSTM, [h, c], [x], [weight], 1, False)
+    results = fused_scan(LSTM, [h, c], [x], [weight], [0], False)
     before = [t.detach().clone() for t in (*results, x, weight)]
     total = sum(r.sin().sum() for r in results)
     first = torch.autograd.grad(total, [h, c, x, weight], retain_graph=True)
@@ -269,7 +269,7 @@ def test_nan_and_infinities_go_where_they_go_in_the_loop(number: float) -> None:
     other = "torch.relu(x).clamp(-1, 2) + torch.maximum(x, bias)"
     step = GATED.replace("torch.tanh(x + bias)", other)
     want, got = (run(step, [random(40) * 0 + 1], [x, gate], [random(40) * 0])
-                 for run in (plain, lambda *a: fused_scan(*a, 1, False)))
+                 for run in (plain, lambda *a: fused_scan(*a, [0], False)))
     assert_close(list(got), list(want), equal_nan=True)
 
 
@@ -283,7 +283,7 @@ def test_gradients_are_finite_where_the_loop_has_finite_ones(expression: str) ->
     h = torch.ones(5, requires_grad=True)
     x = torch.linspace(-200, 200, 20).view(4, 5).requires_grad_()
     want, got = (torch.autograd.grad(results[0].sum(), [h, x]) for results in (
-        plain(step, [h], [x], []), fused_scan(step, [h], [x], [], 0, False)))
+        plain(step, [h], [x], []), fused_scan(step, [h], [x], [], [], False)))
     assert_close(got, want, equal_nan=True)
 
 
@@ -292,7 +292,7 @@ def test_gradients_of_gradients() -> None:
              random(3, grad=True))
 
     def run(h: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return tuple(fused_scan(GATED, [h], [x, gate], [bias], 1, False))
+        return tuple(fused_scan(GATED, [h], [x, gate], [bias], [0], False))
 
     assert torch.autograd.gradcheck(run, given)
     assert torch.autograd.gradgradcheck(run, given)
@@ -303,7 +303,7 @@ def test_gradients_of_gradients_of_products() -> None:
         random(3, 12, grad=True)
 
     def run(h: Tensor, c: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return tuple(fused_scan(LSTM, [h, c], [x], [weight], 1, False))
+        return tuple(fused_scan(LSTM, [h, c], [x], [weight], [0], False))
 
     assert torch.autograd.gradcheck(run, given)
     assert torch.autograd.gradgradcheck(run, given)
@@ -311,10 +311,10 @@ def test_gradients_of_gradients_of_products() -> None:
 
 def test_it_is_a_proper_operator() -> None:
     given = ([random(3, grad=True)], [random(4, 3, grad=True), random(4, 3)], [random(3)])
-    torch.library.opcheck(fused_scan, (GATED, *given, 1, False))
+    torch.library.opcheck(fused_scan, (GATED, *given, [0], False))
     cell = [random(2, 3, grad=True)], [random(4, 2, 3, grad=True) for _ in range(3)], \
         [random(9, 3, grad=True), random(9, grad=True)]
-    torch.library.opcheck(fused_scan, (GRU, *cell, 1, False))
+    torch.library.opcheck(fused_scan, (GRU, *cell, [0], False))
 
 
 @pytest.mark.parametrize(("expression", "reason"), [
@@ -348,7 +348,7 @@ def test_a_compiler_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> 
 
 def test_mixed_dtypes_run_plainly() -> None:
     given = [random(3)], [random(4, 3), random(4, 3, dtype=torch.float32)], [random(3)]
-    assert_close(fused_scan(GATED, *given, 1, False), list(plain(GATED, *given)))
+    assert_close(fused_scan(GATED, *given, [0], False), list(plain(GATED, *given)))
 
 
 def test_the_kernel_is_built_once() -> None:
