@@ -35,6 +35,7 @@ from .facts import (
     value,
 )
 
+FEW = 4  # equal operations: fewer may be one step that begins with equal states
 MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
@@ -49,7 +50,7 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     detach_regions(graph_module, mode)
     simplify(graph_module, mode)
     remove_dead(graph_module)
-    merge_equal(graph_module)
+    merge_equal(graph_module, FEW)
     sink_reads(graph_module)
     propagate(graph_module, mode)
     graph_module.recompile()
@@ -121,14 +122,15 @@ def remove_dead(graph_module: GraphModule) -> None:
             graph_module.graph.erase_node(node)
 
 
-def merge_equal(graph_module: GraphModule) -> None:
-    """Compute once what nodes compute alike: pure operations of equal arguments.
+def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
+    """Compute once what at least `fewest` nodes compute alike: pure operations of equal arguments.
 
     The one that stays moves up to its arguments: what every step of a loop computed from the
     same values is computed before the loop.
     """
     heads = placeholders(graph_module)
-    seen: dict[Any, Node] = {}
+    seen: dict[Any, list[Node]] = {}
+    first: dict[Node, Node] = {}  # of those that compute the same
     place = {node: (k, 0) for k, node in enumerate(graph_module.graph.nodes)}
     ends: dict[int, Node] = {}  # of what was moved behind a node, by that node's place
     merged: dict[Node, None] = {}
@@ -138,14 +140,19 @@ def merge_equal(graph_module: GraphModule) -> None:
             continue
         leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
         key = (node.op, node.target, repr(spec), tuple(
-            n if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
+            first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
         ))
-        first = seen.setdefault(key, node)
-        if first is node:
-            continue
-        node.replace_all_uses_with(first)
-        graph_module.graph.erase_node(node)
-        merged[first] = None
+        alike = seen.setdefault(key, [])
+        alike.append(node)
+        first[node] = alike[0]
+    for kept, *others in seen.values():
+        if others and len(others) + 1 >= fewest:
+            for node in others:
+                node.replace_all_uses_with(kept)
+            merged[kept] = None
+    for node in reversed(outside):
+        if first.get(node) in merged and node not in merged:
+            graph_module.graph.erase_node(node)
     movable = set(outside)
     for number, node in enumerate(sorted(merged, key=place.__getitem__), start=1):
         if node.all_input_nodes and movable.issuperset(node.all_input_nodes):

@@ -206,7 +206,8 @@ class _Walk:
         if back.before:
             per_step = [known[name] for name in back.before_slices]
             places = (*[0] * len(per_step), *[None] * len(self.invariants))
-            made = torch.vmap(step_function(back.before), in_dims=places)(*per_step, *self.invariants)
+            before = torch.vmap(step_function(back.before), in_dims=places)
+            made = before(*per_step, *self.invariants)
             known |= {f"before_{k}": t for k, t in enumerate(made)}
             own |= {f"before_{k}" for k in range(len(made))}
         spent = frozenset(k for k, name in enumerate(back.slices) if name in own - back.factors)

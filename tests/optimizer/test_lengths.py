@@ -201,7 +201,7 @@ def with_own_positions(m: Any, x: Tensor) -> Tensor:
     (backwards_in_place, (2, 7, 64, 501), "T from"),
     (with_positions, (1, 2, 3, 64, 501), "T from 1,"),
     (scheduled, (1, 2, 64, 501), "T from 1,"),
-    (neighbours, (5, 6, 64, 501), "T from 5,"),
+    (neighbours, (3, 4, 5, 64, 501), "T from 3,"),
     (euler_steps, (2, 3, 64, 501), "T from 2,"),
     (windows, (12, 64, 502), "in steps of 2"),
     (all_pairs, (1, 2, 64, 101), "T from 1,"),

@@ -28,6 +28,14 @@ def test_one_kernel(name: str) -> None:
     assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
+def test_states_that_begin_equal_make_the_first_step_no_other() -> None:
+    """`real * cosine` and `imaginary * cosine` are one value there, if equal ones are merged."""
+    fast = looplift.apply_passes(Evolution(), (torch.randn(2, 34, WIDTH),), measure=False,
+                                 mode="inference")
+    assert "scan of 34 steps" in str(fast.report)
+    assert "torch.cat" not in fast.code
+
+
 def test_what_the_steps_compute_is_never_in_memory() -> None:
     """Mamba's `exp(dt·A)` of all steps is sixteen times as large as its inputs."""
     model, x = MODELS["Mamba"](), torch.randn(2, 34, WIDTH)
