@@ -72,7 +72,7 @@ def _rewritten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Grap
         if symbolic and captured.constants:
             log.debug("looplift leaves a graph that returns a symbolic size")
             return graph_module
-        outcome = run_passes(captured, ORDER)
+        outcome = run_passes(captured, ORDER, training=torch.is_grad_enabled())
         if symbolic and not outcome.applied:
             return graph_module
         if symbolic:

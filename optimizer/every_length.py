@@ -19,7 +19,7 @@ from .formula import Lengths, Samples
 from .general import NotOneProgram, general
 from .measure import call
 from .rewritten import Rewritten
-from .select import LITTLE, Cache, Options, Selection, again, select
+from .select import LITTLE, Options, Selection, again, select
 from .verdict import Differs, Equal
 from .verify import verify_once
 
@@ -57,12 +57,11 @@ def optimize_family(
     short = found.resized(leaves, chosen_at)
     args, kwargs = pytree.tree_unflatten(short, spec)
     captured = found.capture(short)
-    cache: Cache = {}
     # what is little memory at these lengths may be much at those that are wanted
     little = LITTLE * min(1.0, prod(c / w for c, w in zip(chosen_at, wanted, strict=True)))
     made = {}
     for mode in modes:
-        selection = select(model, captured, args, kwargs, options, mode, progress, cache, little)
+        selection = select(model, captured, args, kwargs, options, mode, progress, little)
         folding = options.passes[0].name
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:

@@ -22,7 +22,8 @@ SCAN = torch.ops.higher_order.scan
 PHYSICAL = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 READS = (aten.select.int, aten.slice.Tensor)
 WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
-SUPERSEDED = "superseded"  # marks a random operation that others run instead
+SUPERSEDED = "superseded"  # marks a random or wasted operation that others run instead
+WASTED = "wasted"  # marks what the model computes and does not use
 LARGEST_CONSTANT = 1 << 22  # elements of an index table that is evaluated while optimizing
 
 

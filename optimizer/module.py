@@ -30,7 +30,7 @@ from .report import (
     option_data,
 )
 from .rewritten import Rewritten, share
-from .select import Cache, Options, Selection, select
+from .select import Options, Selection, select
 from .signature import Watched, call_signature, flatten
 
 MOST_SIGNATURES = 8
@@ -127,10 +127,9 @@ class OptimizedModule(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         self.progress("capturing")
         captured = capture(self.original, args, kwargs)
-        cache: Cache = {}
         for mode in modes:
             selection = select(self.original, captured, args, kwargs, self.options, mode,
-                               self.progress, cache)
+                               self.progress)
             self._keep(leaves, structure, mode, selection.module)
             done.append(mode_report(selection))
 

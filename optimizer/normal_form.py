@@ -22,6 +22,8 @@ from .builder import Builder, exact_result, fake_result, placeholders
 from .cells import CELLS
 from .facts import (
     READS,
+    SUPERSEDED,
+    WASTED,
     WRITES,
     aten,
     has_body,
@@ -48,12 +50,21 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     """Bring a freshly traced graph into normal form, in place."""
     name_inputs(graph_module, state_names)
     detach_regions(graph_module, mode)
+    for node in graph_module.graph.nodes:
+        node.meta[WASTED] = not node.users and _is_plain(node)
     simplify(graph_module, mode)
     remove_dead(graph_module)
     merge_equal(graph_module, FEW)
     sink_reads(graph_module)
     propagate(graph_module, mode)
     graph_module.recompile()
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a node computes a tensor whose size does not depend on numbers in others."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and is_pure(node) and is_tensor(node) \
+        and torch.Tag.dynamic_output_shape not in target.tags
 
 
 def name_inputs(graph_module: GraphModule, state_names: Sequence[str]) -> None:
@@ -111,14 +122,20 @@ def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
         elif found is None and is_op(node, *READS):
             found = _behind_other_writes(node, writes)
         if found is not None and found is not node:
+            found.meta[WASTED] = node.meta.get(WASTED, False) or found.meta.get(WASTED, False)
             node.replace_all_uses_with(found)
             graph_module.graph.erase_node(node)
 
 
 def remove_dead(graph_module: GraphModule) -> None:
-    """Remove what nobody uses, except random operations: they advance the generator."""
+    """Remove what nobody uses, except random operations: they advance the generator.
+
+    What the model itself computes for nothing stays until loops are folded: without its last
+    update of the state, which only a next step would read, a last step looks unlike the others.
+    """
     for node in reversed(list(graph_module.graph.nodes)):
-        if not node.users and is_pure(node):
+        wasted = node.meta.get(WASTED) and not node.meta.get(SUPERSEDED)
+        if not node.users and is_pure(node) and not wasted:
             graph_module.graph.erase_node(node)
 
 

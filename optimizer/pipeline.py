@@ -8,13 +8,14 @@ from typing import cast
 
 from torch.fx import GraphModule
 
-from .apply import apply, restore
+from .apply import apply, restore, tidy
 from .builder import duplicate
 from .capture import Capture
-from .facts import Facts, Line, all_graphs
+from .facts import WASTED, Facts, Line, all_graphs
 from .normal_form import merge_equal
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
+from .waste import last_steps_apart
 
 MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
 
@@ -60,12 +61,15 @@ class Outcome:
 
 def run_passes(
     captured: Capture, passes: Sequence[Pass], *, excluded: frozenset[Group] = frozenset(),
-    allow_approximate: bool = False, allow_random_reorder: bool = False,
+    allow_approximate: bool = False, allow_random_reorder: bool = False, training: bool = False,
 ) -> Outcome:
-    """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups."""
+    """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups;
+    for `training` without the last update of a state that nobody reads: it has no gradient."""
     passes, allowed = tuple(passes), Allowed(allow_approximate, allow_random_reorder)
     first = begun(captured, passes[:1], excluded, allowed)
     outcome = Outcome(duplicate(first.graph_module), list(first.applied), list(first.skips))
+    if training:
+        last_steps_apart(outcome.graph_module, captured.fake_mode)
     _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
     restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)
@@ -82,6 +86,10 @@ def begun(
     if key not in captured.begun:
         outcome = Outcome(duplicate(captured.graph_module))
         _run(outcome, captured, passes, excluded, allowed)
+        for graph in all_graphs(outcome.graph_module):
+            for node in graph.graph.nodes:
+                node.meta.pop(WASTED, None)
+        tidy(outcome.graph_module, captured.fake_mode)
         captured.begun[key] = outcome
     return cast(Outcome, captured.begun[key])
 

@@ -90,34 +90,33 @@ class Selection:
     slab: int | None = None  # steps that passes batch at a time
 
 
-Cache = dict[tuple[frozenset[Group], int | None], Outcome]
 Progress = Callable[[str], None]
 
 
 def select(
     model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-    options: Options, mode: str, progress: Progress, cache: Cache, little: float = LITTLE,
+    options: Options, mode: str, progress: Progress, little: float = LITTLE,
 ) -> Selection:
     """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
 
-    `cache` keeps rewritten graphs, by what was left out and in what slabs, for the other mode.
     A peak memory below `little` bytes counts as so many.
     """
-    return _Selecting(model, captured, args, kwargs, options, mode, progress, cache, little).run()
+    return _Selecting(model, captured, args, kwargs, options, mode, progress, little).run()
 
 
 def again(captured: Capture, options: Options, selection: Selection) -> Outcome:
     """The rewrites of a selection on another capture of the same model."""
     passes = _in_slabs_of(selection.slab, options.passes)
-    return _run(captured, options, passes, selection.excluded)
+    return _run(captured, options, passes, selection.excluded, selection.mode)
 
 
 def _run(
-    captured: Capture, options: Options, passes: Sequence[Pass], excluded: frozenset[Group]
+    captured: Capture, options: Options, passes: Sequence[Pass], excluded: frozenset[Group],
+    mode: str,
 ) -> Outcome:
     return run_passes(
         captured, passes, excluded=excluded, allow_approximate=options.allow_approximate,
-        allow_random_reorder=options.allow_random_reorder,
+        allow_random_reorder=options.allow_random_reorder, training=mode == "training",
     )
 
 
@@ -131,11 +130,12 @@ def _in_slabs_of(slab: int | None, passes: Sequence[Pass]) -> Sequence[Pass]:
 class _Selecting:
     def __init__(
         self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-        options: Options, mode: str, progress: Progress, cache: Cache, little: float,
+        options: Options, mode: str, progress: Progress, little: float,
     ) -> None:
         self.little = little
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
-        self.options, self.mode, self.progress, self.cache = options, mode, progress, cache
+        self.options, self.mode, self.progress = options, mode, progress
+        self.rewritten: dict[tuple[frozenset[Group], int | None], Outcome] = {}  # and in slabs
         self.excluded: frozenset[Group] = frozenset()
         self.slab: int | None = None
         self.declined: list[Declined] = []
@@ -185,12 +185,13 @@ class _Selecting:
 
     def _rewrite(self, also: frozenset[Group] = frozenset()) -> Outcome:
         excluded = self.excluded | also
-        if (excluded, self.slab) not in self.cache:
-            self.cache[excluded, self.slab] = self._run(self._passes(), excluded)
-        return self.cache[excluded, self.slab]
+        key = excluded, self.slab
+        if key not in self.rewritten:
+            self.rewritten[key] = self._run(self._passes(), excluded)
+        return self.rewritten[key]
 
     def _run(self, passes: Sequence[Pass], excluded: frozenset[Group]) -> Outcome:
-        return _run(self.captured, self.options, passes, excluded)
+        return _run(self.captured, self.options, passes, excluded, self.mode)
 
     def _passes(self) -> Sequence[Pass]:
         return _in_slabs_of(self.slab, self.options.passes)

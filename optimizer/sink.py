@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .builder import Builder, output_node, placeholders
-from .facts import aten, body_of, bytes_of, is_tensor, shape, value
+from .facts import aten, body_of, bytes_of, is_tensor, shape, trips, value
 
 VIEWS = (aten.permute.default, aten.unsqueeze.default, aten.expand.default, aten.select.int,
          aten.slice.Tensor, aten.reshape.default, aten.squeeze.dim)
@@ -25,42 +25,45 @@ VIEWS = (aten.permute.default, aten.unsqueeze.default, aten.expand.default, aten
 class Sunk:
     """A step that computes what it read, and what it reads now: along which axis, per step."""
 
+    scan: Node
     body: GraphModule
-    slices: tuple[tuple[Node, int], ...]
+    slices: tuple[tuple[Node, int], ...]  # none: a number per step says how many there are
     invariants: tuple[tuple[Node, int | None], ...]  # without their axis of one, if any
 
     def read(self, build: Builder) -> tuple[list[Node], list[Node]]:
         """The slices and invariants as a scan takes them."""
-        return [build.move(n, axis, 0) for n, axis in self.slices], [
+        first = self._first()
+        count = [build.call(aten.zeros.default, [trips(self.scan)], dtype=first.dtype,
+                            device=first.device)] if not self.slices else []
+        return [*count, *(build.move(n, axis, 0) for n, axis in self.slices)], [
             n if axis is None else build.call(aten.select.int, n, axis, 0)
             for n, axis in self.invariants]
 
-    def values(self, scan: Node) -> list[list[Any]]:
+    def values(self) -> list[list[Any]]:
         """Fake carries, slices and invariants."""
-        return [[value(n) for n in cast(list[Node], scan.args[1])],
-                [value(n).movedim(axis, 0) for n, axis in self.slices],
+        count = [self._first().new_empty((trips(self.scan),))] if not self.slices else []
+        return [[value(n) for n in cast(list[Node], self.scan.args[1])],
+                [*count, *(value(n).movedim(axis, 0) for n, axis in self.slices)],
                 [value(n) if a is None else value(n).select(a, 0) for n, a in self.invariants]]
 
-
-def sunk(scan: Node) -> Sunk:
-    """The scan with its producers in its steps, as far as that pays."""
-    return _Sinking(scan).run()
+    def _first(self) -> Any:
+        return value(cast(list[Node], self.scan.args[1])[0])
 
 
-def as_it_is(scan: Node) -> Sunk:
-    """The scan's own step and arguments."""
-    slices, fixed = (cast(list[Node], scan.args[k]) for k in (2, 3))
-    return Sunk(body_of(scan), tuple((n, 0) for n in slices), tuple((n, None) for n in fixed))
+def sunk(scan: Node, producers: bool = True) -> Sunk:
+    """The scan without slices that no step reads, and with the `producers` of the others in its
+    steps, as far as that pays."""
+    return _Sinking(scan, producers).run()
 
 
 class _Sinking:
     """The producers of what a scan reads, from the scan upwards."""
 
-    def __init__(self, scan: Node) -> None:
+    def __init__(self, scan: Node, producers: bool) -> None:
         self.scan = scan
         self.inside: set[Node] = {scan}  # what computes for the scan alone
         self.costs: dict[tuple[Node, int], int] = {}
-        sources = set(cast(list[Node], scan.args[2]))
+        sources = set(cast(list[Node], scan.args[2])) if producers else set()
         for node in reversed(list(scan.graph.nodes)):
             if node in sources and self._is_simple(node) and self.inside.issuperset(node.users):
                 self.inside.add(node)
@@ -78,10 +81,9 @@ class _Sinking:
         heads = placeholders(body)
         moving: dict[tuple[Node, int], None] = {}
         still: dict[tuple[Node, int | None], None] = {}
-        for node in slices:
-            self._leaves(node, 0, moving, still)
-        if not moving:
-            moving[slices[0], 0] = None
+        read = [k for k in range(len(slices)) if heads[len(carries) + k].users]
+        for k in read:
+            self._leaves(slices[k], 0, moving, still)
         graph = Graph()
         known: dict[Any, Node] = {}
 
@@ -93,6 +95,8 @@ class _Sinking:
         inner = {heads[k]: head(f"carry_{k}", value(heads[k])) for k in range(len(carries))}
         for k, (node, axis) in enumerate(moving):
             known[node, axis] = head(f"slice_{k}", value(node).select(axis, 0))
+        if not moving:
+            head("slice_0", value(carries[0]).new_empty(()))
         given: list[tuple[Node, int | None]] = [(n, None) for n in fixed]
         for k, node in enumerate(fixed):
             inner[heads[len(carries) + len(slices) + k]] = head(f"invariant_{k}", value(node))
@@ -100,14 +104,14 @@ class _Sinking:
             gone = value(node) if place is None else value(node).select(place, 0)
             known[node, place] = head(f"invariant_{len(given)}", gone)
             given.append((node, place))
-        for k, node in enumerate(slices):
-            inner[heads[len(carries) + k]] = self._computed(node, 0, graph, known)
+        for k in read:
+            inner[heads[len(carries) + k]] = self._computed(slices[k], 0, graph, known)
         for node in body.graph.nodes:
-            if node not in inner and node.op != "output":
+            if node not in inner and node.op not in ("output", "placeholder"):
                 inner[node] = graph.node_copy(node, inner.__getitem__)
         results = cast(Sequence[Node], output_node(body).args[0])
         graph.output(tuple(inner[n] for n in results))
-        return Sunk(GraphModule(body, graph), tuple(moving), tuple(given))
+        return Sunk(self.scan, GraphModule(body, graph), tuple(moving), tuple(given))
 
     def _operands(self, node: Node, axis: int) -> list[tuple[Node, int | None]] | None:
         """What a value is computed from, and along which axis, None for all steps the same;

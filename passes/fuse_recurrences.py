@@ -36,11 +36,11 @@ from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, stac
 from ..optimizer.fused import KINDS, is_built
 from ..optimizer.pointwise import Unsupported, no_rule
 from ..optimizer.rewrite import Rewrite, Skip
-from ..optimizer.sink import Sunk, as_it_is, sunk
+from ..optimizer.sink import Sunk, sunk
 
 CPU = torch.device("cpu")
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-FEW = 32  # steps: a kernel takes seconds to build
+FEW = 16  # steps: a kernel takes seconds to build
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class Fusible:
 
 def best(scan: Node) -> tuple[Sunk, Fusible] | Unsupported:
     """The scan with its producers in its steps, or without them if it has no kernel so."""
-    try:
-        given = sunk(scan)
-        return given, fusible(given.body, given.values(scan))
-    except Unsupported:
-        given = as_it_is(scan)
-    try:
-        return given, fusible(given.body, given.values(scan))
-    except Unsupported as reason:
-        return reason
+    if not cast(list[Node], scan.args[1]):
+        return Unsupported("it carries nothing from step to step")
+    for producers in (True, False):
+        try:
+            given = sunk(scan, producers)
+            return given, fusible(given.body, given.values())
+        except Unsupported as error:
+            reason = error
+    return reason
 
 
 def fused(build: Builder, scan: Node, given: Sunk, kernel: Fusible) -> Sequence[Node]:
@@ -150,8 +150,6 @@ def fusible(body: GraphModule, given: Sequence[Sequence[Tensor]]) -> Fusible:
     """The kernel that runs a step on the `given` carries, slices and invariants; raises
     `Unsupported` with a reason where there is none."""
     heads, held = placeholders(body), len(given[0])
-    if not held:
-        raise Unsupported("it carries nothing from step to step")
     results = cast(tuple[Node, ...], output_node(body).args[0])
     for node in body.graph.nodes:
         if node.op == "call_function" and not isinstance(node.target, OpOverload) \

@@ -37,6 +37,7 @@ from ..optimizer.builder import Builder
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import (
     READS,
+    WASTED,
     WRITES,
     Facts,
     Line,
@@ -198,7 +199,8 @@ class RerollLoops:
         summary = f"{loop.trips} × {per_trip} operations → one scan"
         return Rewrite(self.name, summary, line, operations[-1].next, replaces, build,
                        reorders_random=len(loop.random) > 1,
-                       supersedes=tuple(n for n in operations if is_random(n)))
+                       supersedes=tuple(n for n in operations
+                                        if is_random(n) or n.meta.get(WASTED)))
 
     def _collections(self, facts: Facts) -> Iterator[Rewrite]:
         """The results of a scan, stacked or concatenated one by one → the scan's own stack."""

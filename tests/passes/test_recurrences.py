@@ -36,6 +36,23 @@ def test_states_that_begin_equal_make_the_first_step_no_other() -> None:
     assert "torch.cat" not in fast.code
 
 
+def test_what_no_step_reads_is_computed_but_has_no_gradient() -> None:
+    """The last update of mean and variance: NaN in the last step's input would be NaN in that
+    input's gradient."""
+    model, x = MODELS["running statistics"](), torch.randn(2, 34, WIDTH)
+    x[0, -1, 0] = torch.nan
+    fast = looplift.apply_passes(model, (x.nan_to_num(),), measure=False)
+    gradients: list[torch.Tensor] = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(run(given).sum(), given)
+    assert gradients[0].isnan().sum() < 34
+    assert torch.equal(gradients[1].isnan(), gradients[0].isnan())
+    inference = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert "scan of 34 steps" in str(inference.report)
+    assert "torch.cat" not in inference.code
+
+
 def test_what_the_steps_compute_is_never_in_memory() -> None:
     """Mamba's `exp(dt·A)` of all steps is sixteen times as large as its inputs."""
     model, x = MODELS["Mamba"](), torch.randn(2, 34, WIDTH)
