@@ -30,6 +30,7 @@ from .apply import Seen, visible
 from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
 from .facts import PHYSICAL, TORCH, is_op, source_line
+from .functions import Function, NoOperator, called
 from .held import Contents
 from .normal_form import UnsupportedRegion, normalize
 
@@ -197,7 +198,7 @@ def capture(
     trace = _Trace(model, flat, spec, places, state)
     fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
     with TRACING, mock.patch.object(
-        torch.autograd.Function, "apply", classmethod(_refuse_function)
+        torch.autograd.Function, "apply", classmethod(_by_operator)
     ), mock.patch.object(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
     ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
@@ -360,11 +361,12 @@ def _fakes(mode: FakeTensorMode, leaves: Sequence[Any]) -> list[Any]:
     return fakes
 
 
-def _refuse_function(kind: type, *args: Any, **kwargs: Any) -> Any:
-    raise CaptureError(
-        f"forward uses the custom autograd function {kind.__name__}, whose backward a graph "
-        "would lose"
-    )
+def _by_operator(kind: Function, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return called(kind, *args, **kwargs)
+    except NoOperator as reason:
+        raise CaptureError(f"forward uses the custom autograd function {kind.__name__}, whose "
+                           f"backward a graph would lose: {reason}") from reason
 
 
 def _refuse_writes(trace: _Trace) -> None:

@@ -37,7 +37,7 @@ from .facts import (
     value,
 )
 
-FEW = 4  # equal operations: fewer may be one step that begins with equal states
+FEW = 3  # equal operations: two may be one step that begins with equal states
 MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
