@@ -30,7 +30,7 @@ from .verify import fresh_state, verify
 
 LITTLE = 1 << 24  # bytes of peak memory: what takes less may as well take so much
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
-LARGE = 5000  # nodes: a graph of more is not run unrolled to see what re-rolling it is worth
+LARGE = 500  # nodes: a graph of more is not run unrolled to see what re-rolling is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
 MOST_COUNTEREXAMPLES = 8
 SLABS = (256, 64, 16)  # steps that are batched at a time where all of them need too much memory
@@ -353,7 +353,7 @@ class _Selecting:
         large = self.captured.size > LARGE
         fixed = {STRUCTURAL, *(p.name for p in self.options.passes[:1] if self.captured.rolled)}
         groups = [g for g in outcome.groups
-                  if g[0] not in fixed and not (large and "scan" in outcome.summary(g))]
+                  if g[0] not in fixed and not (large and "→ one scan" in outcome.summary(g))]
         if len(groups) <= MOST_GROUPS:
             return {f"{name} at {where}": [(name, where)] for name, where in groups}
         return {name: [g for g in groups if g[0] == name] for name, _ in groups}

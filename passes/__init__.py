@@ -25,10 +25,10 @@ ORDER: tuple[Pass, ...] = (
     LowerEinops(),  # after batching, which keeps an einsum one einsum
     FuseProjections(),  # of products, which einsums are now
     FuseAttention(),  # attention over heads or windows that stood in loops is whole now
-    FuseIterations(),  # of batched and lowered products, before their sums are taken apart
-    FuseMultiplyAdd(),  # after attention, whose mask is an addition
     ApproximateGelu(),  # one gelu over all steps, not one for each
     ParallelizeRecurrence(),  # of running sums whose terms are batched now
-    FuseRecurrences(),  # of bodies that no other pass changes any more
+    FuseRecurrences(),  # before what only saves calls, which a kernel has none of
+    FuseIterations(),  # of batched and lowered products, before their sums are taken apart
+    FuseMultiplyAdd(),  # after attention, whose mask is an addition
     LowerScans(),  # last: what is still a scan runs as a loop
 )
