@@ -32,7 +32,17 @@ from torch.fx import GraphModule, Node
 from ..optimizer.builder import Builder, duplicate, output_node, placeholders
 from ..optimizer.distribute import replacing
 from ..optimizer.emit import sourced
-from ..optimizer.facts import Facts, aten, is_scan, is_tensor, source_line, stacked_as, trips, value
+from ..optimizer.facts import (
+    Facts,
+    aten,
+    body_of,
+    is_scan,
+    is_tensor,
+    source_line,
+    stacked_as,
+    trips,
+    value,
+)
 from ..optimizer.fused import KINDS, is_built
 from ..optimizer.pointwise import Unsupported, no_rule
 from ..optimizer.rewrite import Rewrite, Skip
@@ -41,6 +51,7 @@ from ..optimizer.sink import Sunk, sunk
 CPU = torch.device("cpu")
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 FEW = 16  # steps: a kernel takes seconds to build
+FEWEST = 5  # iterations on one value: Newton–Schulz has no more
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class FuseRecurrences:
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for scan in facts.operations:
-            if not is_scan(scan) or trips(scan) < FEW:
+            if not is_scan(scan) or trips(scan) < (FEWEST if only_iterates(scan) else FEW):
                 continue
             found = best(scan)
             if isinstance(found, Unsupported):
@@ -65,6 +76,12 @@ class FuseRecurrences:
                 return fused(build, scan, given, kernel)
 
             yield replacing(self.name, f"scan of {trips(scan)} steps → one kernel", scan, make)
+
+
+def only_iterates(scan: Node) -> bool:
+    """Whether its steps read nothing of their own."""
+    carries, slices = (len(cast(list[Node], scan.args[k])) for k in (1, 2))
+    return not any(h.users for h in placeholders(body_of(scan))[carries : carries + slices])
 
 
 @dataclass(frozen=True)

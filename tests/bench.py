@@ -52,6 +52,8 @@ ROWS = (
     Row("text encoder S=50", "vision_transformer", "text_encoder", "text_encoder_by_hand",
         "text_inputs"),
     Row("hyper-connections, mHC", "hyper_connections"),
+    Row("hyper-connections, mHC of each token", "hyper_connections", "hyper_connections",
+        "hyper_connections_by_hand", options=(("mode", "mhc"), ("dynamic", True))),
     Row("hyper-connections, plain Sinkhorn", "hyper_connections", "hyper_connections",
         "hyper_connections_by_hand", options=(("mode", "mhc"), ("sinkhorn_domain", "plain"))),
     Row("hyper-connections, orthostochastic", "hyper_connections", "hyper_connections",

@@ -238,3 +238,30 @@ def test_under_torch_compile() -> None:
     model, x = Model(gated), torch.randn(3, STEPS, 4)
     compiled = torch.compile(model, backend="looplift")
     assert_close(compiled(x), model(x))
+
+
+def log_sinkhorn(m: Any, x: Tensor) -> Tensor:
+    for _ in range(7):
+        x = x - torch.logsumexp(x, dim=-1, keepdim=True)
+        x = x - torch.logsumexp(x, dim=-2, keepdim=True)
+    return x.exp()
+
+
+def newton_schulz(m: Any, x: Tensor) -> Tensor:
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.transpose(-2, -1)
+        x = 1.875 * x + (-1.25 * gram + 0.375 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("forward", [log_sinkhorn, newton_schulz])
+def test_iterations_on_small_matrices_are_one_kernel(forward: Forward) -> None:
+    """Their steps read nothing of their own, so nothing but a number says how many there are."""
+    model, x = Model(forward), torch.randn(3, 9, 4, 4)
+    fast = looplift.apply_passes(model, (x.requires_grad_(),), measure=False)
+    assert "fused_scan" in fast.code
+    assert "in range(" not in fast.code.partition("step = ")[2]
+    one, other = (torch.autograd.grad(run(x).sin().sum(), x)[0] for run in (model, fast))
+    assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert_close(other, one, rtol=1e-3, atol=1e-5)
