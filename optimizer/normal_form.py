@@ -32,6 +32,7 @@ from .facts import (
     is_random,
     is_region_marker,
     is_tensor,
+    is_view,
     outside_regions,
     shape,
     value,
@@ -141,6 +142,7 @@ def remove_dead(graph_module: GraphModule) -> None:
 
 def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
     """Compute once what at least `fewest` nodes compute alike: pure operations of equal arguments.
+    Views are merged in any case.
 
     The one that stays moves up to its arguments: what every step of a loop computed from the
     same values is computed before the loop.
@@ -163,7 +165,7 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
         alike.append(node)
         first[node] = alike[0]
     for kept, *others in seen.values():
-        if others and len(others) + 1 >= fewest:
+        if others and (len(others) + 1 >= fewest or is_view(kept)):
             for node in others:
                 node.replace_all_uses_with(kept)
             merged[kept] = None
@@ -196,10 +198,10 @@ def sink_reads(graph_module: GraphModule) -> None:
         if user.op != "call_function" or user in reads:
             continue
 
-        def own(node: Node, user: Node = user) -> Node:
-            if node not in reads:
-                return node
-            source = own(cast(Node, node.args[0]))
+        def own(node: Node, moved: bool = True, user: Node = user) -> Node:
+            if node not in reads or not (moved or is_op(node, *READS)):
+                return node  # what a step reads of may be a view that all steps share
+            source = own(cast(Node, node.args[0]), moved and not is_op(node, *READS))
             with graph.inserting_before(user):
                 copied = graph.create_node(node.op, node.target, (source, *node.args[1:]), {})
             copied.meta = dict(node.meta)

@@ -69,3 +69,26 @@ def test_the_hand_form_is_the_loop(pair: tuple[type[nn.Module], type[nn.Module]]
     (loop, hand), x = (form() for form in pair), torch.randn(2, 9, WIDTH)
     hand.load_state_dict(loop.state_dict())
     assert_close(hand(x), loop(x))
+
+
+class ReadsThroughViews(nn.Module):
+    """A selective state space as transformers' Mamba has it: what the steps read is a part of one
+    projection, turned twice on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_x = nn.Linear(WIDTH, WIDTH + 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.of_x(x).transpose(1, 2)
+        rate, c = made[:, :WIDTH], made[:, WIDTH:].transpose(1, 2)
+        state, outputs = x.new_zeros(x.shape[0], WIDTH, 8), []
+        for t in range(x.shape[1]):
+            state = torch.sigmoid(rate[:, :, t, None]) * state + x[:, t, :, None]
+            outputs.append((state @ c[:, t, :].unsqueeze(-1))[:, :, 0])
+        return torch.stack(outputs, 1)
+
+
+def test_steps_that_read_through_views_that_all_share() -> None:
+    fast = looplift.apply_passes(ReadsThroughViews(), (torch.randn(2, 34, WIDTH),), measure=False)
+    assert "scan of 34 steps" in str(fast.report)
