@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/optimize-cli models/eigenstate.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: lint types test
 
