@@ -35,8 +35,8 @@ CUTS = {aten.slice.Tensor, aten.select.int, aten.cat.default, aten.split_with_si
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 MADE = {aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default,
         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
-PLAIN = SAME | {aten.expand.default, aten.zeros_like.default, aten.ones_like.default,
-                aten.full_like.default}
+LIKE = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+PLAIN = SAME | LIKE | {aten.expand.default}
 
 
 def reduced(node: Node) -> list[int]:

@@ -9,7 +9,7 @@ the steps is part of the product. Other gradients of invariants are summed in th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
-from .facts import aten, shape
+from .facts import aten, behind, shape
 from .pointwise import SAME, constant, number
 from .step import Counts, Sizes, aside, functional_graph, halves, step_function, traced
 
@@ -329,7 +329,7 @@ class _Division:
         """The walk's step, and what it reads beside its carries."""
         held = self.counts[0]
         cut = {*self.heads, *self.early}
-        needed = _behind([*carries, *sums, *outputs], cut)
+        needed = behind([*carries, *sums, *outputs], cut)
         order = [*self.heads[held:], *self.early]
         read = [n for n in order if n in needed]
         fixed = [n for n in read if self._is_fixed(n)]
@@ -357,7 +357,7 @@ class _Division:
 
     def _before(self) -> tuple[str, list[Node]]:
         """The products of one step that need no gradient, and what they read per step."""
-        needed = _behind(self.early)
+        needed = behind(self.early)
         read = [h for h in self.heads if h in needed and not self._is_fixed(h)]
         graph, inner = Graph(), {}
         for node in (*read, *filter(self._is_fixed, self.heads)):
@@ -373,15 +373,3 @@ def _source(graph_module: GraphModule) -> str:
     """A step's source; what it fills is of its arguments' dtype, whatever it was traced with."""
     first = next(iter(graph_module.graph.nodes)).name
     return emit(graph_module, "step").replace(str(torch.float32), f"{first}.dtype")
-
-
-def _behind(ends: Sequence[Node], cut: Set[Node] = frozenset()) -> set[Node]:
-    """`ends` and what they are computed from, up to what is `cut`."""
-    found: set[Node] = set()
-    stack = list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [] if node in cut else node.all_input_nodes
-    return found

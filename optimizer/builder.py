@@ -152,7 +152,7 @@ def duplicate(graph_module: GraphModule) -> GraphModule:
 
 
 def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:
-    """A constant tensor of a body, in the graph around it."""
+    """What a body holds, a constant tensor or a body, in the graph around it."""
     return build.attribute(str(node.target), getattr(body, str(node.target)))
 
 

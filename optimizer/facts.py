@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -198,6 +198,18 @@ def stacked_as(result: Node) -> tuple[Node, int]:
         if [d for d in order if d] == sorted(d for d in order if d):
             return users[0], axis
     return result, 0
+
+
+def behind(ends: Iterable[Node], cut: Set[Node] = frozenset()) -> set[Node]:
+    """`ends` and what they are computed from, up to what is `cut`."""
+    found: set[Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [] if node in cut else node.all_input_nodes
+    return found
 
 
 def all_graphs(graph_module: GraphModule) -> Iterator[GraphModule]:

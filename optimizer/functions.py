@@ -16,6 +16,7 @@ from torch import Tag, Tensor
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .axes import LIKE
 from .facts import aten
 from .pointwise import SAME
 from .step import RULES, aside
@@ -24,7 +25,6 @@ Function = type[torch.autograd.Function]
 
 LIBRARY: Any = torch.library.Library("looplift_functions", "DEF")  # type: ignore[no-untyped-call]
 TYPES = {bool: "bool", int: "int", float: "float", str: "str"}  # of arguments that are no tensors
-MADE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
 _NUMBERS = count()
 _apply: Any = vars(torch.autograd.Function)["apply"].__func__  # which a trace replaces
 
@@ -109,6 +109,10 @@ def _apart(made: Any, args: Sequence[Any]) -> Any:
     return made.clone() if made.untyped_storage()._cdata in places else made
 
 
+def _several(made: Any) -> tuple[Any, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
 @lru_cache(maxsize=256)
 def _traits(kind: Function, like: tuple[Any, ...]) -> _Traits:
     try:
@@ -129,14 +133,14 @@ def _observed(kind: Function, like: tuple[Any, ...]) -> _Traits:
         made = _apply(kind, *args)
     if [t._version for t in tensors] != before:
         raise NoOperator("it writes to its arguments")
-    several = made if isinstance(made, tuple) else (made,)
+    several = _several(made)
     if not all(isinstance(one, Tensor) for one in several):
         raise NoOperator("it returns what is no tensor")
 
     def both(tensors: list[Tensor], grads: list[Tensor]) -> Any:
         rest = iter(tensors)
-        found = _apply(kind, *(next(rest) if isinstance(a, Tensor) else a for a in args))
-        found = found if isinstance(found, tuple) else (found,)
+        found = _several(_apply(kind, *(next(rest) if isinstance(a, Tensor) else a
+                                        for a in args)))
         pairs = [(r, g) for r, g in zip(found, grads, strict=True) if r.requires_grad]
         inputs = [t for t in tensors if t.requires_grad]
         if not pairs:
@@ -149,7 +153,7 @@ def _observed(kind: Function, like: tuple[Any, ...]) -> _Traits:
     tags = [getattr(n.target, "tags", ()) for n in calls]
     largest = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     pointwise = len(several) == 1 and several[0].shape == largest and all(
-        Tag.pointwise in own or n.target in SAME or n.target in MADE
+        Tag.pointwise in own or n.target in SAME or n.target in LIKE
         or (n.target is aten.view.default and n.args[0].meta["val"].shape == n.meta["val"].shape)
         for n, own in zip(calls, tags, strict=True))
     return _Traits(pointwise, any(Tag.nondeterministic_seeded in own for own in tags),

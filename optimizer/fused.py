@@ -26,7 +26,7 @@ from .walk import backward, keep, result_sizes
 log = logging.getLogger(__name__)
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
-KINDS = [{("cpu", dtype)} for dtype in DTYPES]
+KINDS = {("cpu", dtype) for dtype in DTYPES}  # of all tensors of a call
 
 
 @lru_cache(maxsize=256)
@@ -83,10 +83,9 @@ def _run(
     first, counts = carries[0], (len(carries), len(slices), len(invariants))
     kind = first.device.type, first.dtype
     found = None
-    if {kind} in KINDS and all((t.device.type, t.dtype) == kind for t in given):
+    if kind in KINDS and all((t.device.type, t.dtype) == kind for t in given):
         shapes = tuple((t.shape, t.stride()) for t in given)
-        found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse,
-                     spent)
+        found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
     library = found and _library(found.source)
     if found is None or library is None:
         return _plain(step, carries, slices, invariants, axes, reverse)

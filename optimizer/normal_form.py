@@ -52,7 +52,8 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     name_inputs(graph_module, state_names)
     detach_regions(graph_module, mode)
     for node in graph_module.graph.nodes:
-        node.meta[WASTED] = not node.users and _is_plain(node)
+        if not node.users and _is_plain(node):
+            node.meta[WASTED] = True
     simplify(graph_module, mode)
     remove_dead(graph_module)
     merge_equal(graph_module, FEW)
@@ -123,7 +124,8 @@ def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
         elif found is None and is_op(node, *READS):
             found = _behind_other_writes(node, writes)
         if found is not None and found is not node:
-            found.meta[WASTED] = node.meta.get(WASTED, False) or found.meta.get(WASTED, False)
+            if node.meta.get(WASTED):
+                found.meta[WASTED] = True
             node.replace_all_uses_with(found)
             graph_module.graph.erase_node(node)
 
@@ -168,10 +170,8 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
         if others and (len(others) + 1 >= fewest or is_view(kept)):
             for node in others:
                 node.replace_all_uses_with(kept)
+                graph_module.graph.erase_node(node)
             merged[kept] = None
-    for node in reversed(outside):
-        if first.get(node) in merged and node not in merged:
-            graph_module.graph.erase_node(node)
     movable = set(outside)
     for number, node in enumerate(sorted(merged, key=place.__getitem__), start=1):
         if node.all_input_nodes and movable.issuperset(node.all_input_nodes):

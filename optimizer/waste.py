@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .apply import apply
-from .builder import Builder, output_node, placeholders
+from .builder import Builder, build_constant, output_node, placeholders
 from .distribute import replacing
 from .facts import (
     all_graphs,
     aten,
+    behind,
     body_of,
     is_random,
     is_scan,
@@ -28,20 +29,17 @@ from .facts import (
 )
 
 
-def _wasteful(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
-    """The scans whose last step computes what nobody reads, each with its graph."""
-    return [(graph, node) for graph in all_graphs(graph_module) for node in graph.graph.nodes
-            if is_scan(node) and _wasted(node)]
-
-
 def last_steps_apart(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     """Take the last step out of each scan that wastes a part of it."""
-    for graph, scan in _wasteful(graph_module):
+    scans = [(graph, node) for graph in all_graphs(graph_module) for node in graph.graph.nodes
+             if is_scan(node) and _wastes(node)]
+    for graph, scan in scans:
         summary = "the last step apart"
         apply(graph, [replacing("reroll-loops", summary, scan, partial(_apart, scan))], mode)
 
 
-def _wasted(scan: Node) -> bool:
+def _wastes(scan: Node) -> bool:
+    """Whether the last step computes what nobody reads."""
     if is_random(scan):
         return False
     needed = _needed(scan)
@@ -52,14 +50,7 @@ def _wasted(scan: Node) -> bool:
 def _needed(scan: Node) -> set[Node]:
     """What of the body the last step has to compute."""
     results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
-    stack = [results[cast(int, user.args[1])] for user in scan.users if user.users]
-    found: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
+    return behind(results[cast(int, user.args[1])] for user in scan.users if user.users)
 
 
 def _apart(scan: Node, build: Builder) -> list[Node]:
@@ -71,8 +62,8 @@ def _apart(scan: Node, build: Builder) -> list[Node]:
     known = dict(zip(placeholders(body), [*made[: len(carries)], *reads, *fixed], strict=True))
     for node in body.graph.nodes:
         if node in needed and node not in known:
-            known[node] = build.attribute(str(node.target), getattr(body, str(node.target))) \
-                if node.op == "get_attr" else build.copy(node, known)
+            known[node] = build_constant(build, body, node) if node.op == "get_attr" \
+                else build.copy(node, known)
     results = cast(tuple[Node, ...], output_node(body).args[0])
     stacked = {cast(int, user.args[1]): stacked_as(user)[1] for user in scan.users}
     for k, result in enumerate(results):

@@ -175,7 +175,7 @@ def fusible(body: GraphModule, given: Sequence[Sequence[Tensor]]) -> Fusible:
     tensors = [n for n in body.graph.nodes if is_tensor(n)]
     kinds = {(value(n).device.type, value(n).dtype) for n in tensors
              if value(n).dtype is not torch.bool or n in heads[:held] or n in results[:held]}
-    if kinds not in KINDS:
+    if len(kinds) != 1 or not kinds <= KINDS:
         raise Unsupported("its values are not all of one floating dtype on the CPU")
     body, numbers = with_arguments(in_numbers(body, held))
     step, needs = sourced(body, "step")
