@@ -51,15 +51,26 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     """Bring a freshly traced graph into normal form, in place."""
     name_inputs(graph_module, state_names)
     detach_regions(graph_module, mode)
-    for node in graph_module.graph.nodes:
-        if not node.users and _is_plain(node):
-            node.meta[WASTED] = True
+    mark_wasted(graph_module)
     simplify(graph_module, mode)
     remove_dead(graph_module)
     merge_equal(graph_module, FEW)
     sink_reads(graph_module)
     propagate(graph_module, mode)
     graph_module.recompile()
+
+
+def mark_wasted(graph_module: GraphModule) -> None:
+    """Mark what the model computes for nothing, where its line makes use of most it computes:
+    in the last steps of loops, not in all but the last."""
+    alike: dict[Any, list[Node]] = {}
+    for node in filter(_is_plain, graph_module.graph.nodes):
+        alike.setdefault((node.target, node.meta.get("stack_trace")), []).append(node)
+    for nodes in alike.values():
+        wasted = [n for n in nodes if not n.users]
+        if 2 * len(wasted) < len(nodes):
+            for node in wasted:
+                node.meta[WASTED] = True
 
 
 def _is_plain(node: Node) -> bool:

@@ -62,6 +62,10 @@ class Own(nn.Module):
                 return x
             case "one input":
                 return torch.stack([m(x) for m in self.linears], 1)
+            case "last alone":
+                for i, layer in enumerate(self.linears):
+                    y = layer(x[:, i])
+                return torch.tanh(y)
             case _:
                 return torch.stack([m(x[:, i]).relu() for i, m in enumerate(self.wide)], 1)
 
@@ -107,6 +111,14 @@ def test_the_padding_of_each_table_gets_no_gradient(equal: Any) -> None:
 def test_projections_of_one_input_are_no_loop(run: Any) -> None:
     outcome = run(Own("one input"), (X,))
     assert not [a for a in outcome.applied if a.summary.endswith("→ one scan")]
+
+
+def test_modules_whose_results_nobody_reads_get_no_gradient() -> None:
+    """They ran with the last one, as one product, and got gradients of zero."""
+    model = Own("last alone")
+    fast = looplift.apply_passes(model, (X,), verify=False, measure=False, mode="training")
+    fast(X).sum().backward()
+    assert [m.weight.grad is None for m in model.linears] == [True] * (STEPS - 1) + [False]
 
 
 def test_parameters_get_their_own_gradients() -> None:
