@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from .api import apply_passes as apply_passes
     from .api import compare as compare
     from .api import verify as verify
+    from .optimizer.fused import fused_scan as fused_scan
     from .optimizer.module import OptimizedModule as OptimizedModule
     from .optimizer.verdict import Differs as Differs
     from .optimizer.verdict import Equal as Equal
 
 __version__ = "0.1.0"
-__all__ = ["Differs", "Equal", "OptimizedModule", "apply_passes", "compare", "verify"]
+__all__ = ["Differs", "Equal", "OptimizedModule", "apply_passes", "compare", "fused_scan", "verify"]
 
 _HOMES = {
     "apply_passes": "api", "verify": "api", "compare": "api",
-    "OptimizedModule": "optimizer.module",
+    "OptimizedModule": "optimizer.module", "fused_scan": "optimizer.fused",
     "Equal": "optimizer.verdict", "Differs": "optimizer.verdict",
 }
 
@@ -35,7 +36,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.passes")
     if name not in _HOMES:
         raise AttributeError(f"module 'looplift' has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:

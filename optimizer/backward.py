@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, behind, shape
-from .pointwise import SAME, constant, number
+from .pointwise import SAME, constant
 from .step import Counts, Sizes, aside, functional_graph, halves, step_function, traced
 
 LINEAR = RESHAPES | PERMUTES | {
@@ -204,8 +204,7 @@ def _piece(node: Node) -> _Piece | None:
         return None
     given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 2 :]]
     base, part, axis, start, _, step = given
-    zeros = constant(base) == number(0)
-    return _Piece(part, axis, start or 0) if zeros and step == 1 else None
+    return _Piece(part, axis, start or 0) if constant(base) == 0 and step == 1 else None
 
 
 def _pieces(wanted: dict[str, Node]) -> dict[str, tuple[str, int, int, int]]:

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from .batching import Batcher, Lane
 from .builder import Builder, build_constant, output_node, placeholders
+from .cycles import closure, reached_by
 from .facts import (
     Facts,
     aten,
@@ -65,9 +66,9 @@ def split(scan: Node) -> Split:
     carries, slices = heads[:held], heads[held : held + sliced]
     results = cast(tuple[Node, ...], output_node(body).args[0])
     nexts = results[:held]
-    reached = reached_by_carries(body, carries)
+    reached = reached_by(body.graph, carries)
     direct = [set(reached.get(n, ())) for n in nexts]  # carry k's next needs these carries
-    closed = _closure(direct)
+    closed = closure(direct)
     recurrent = [k for k in range(held) if k in closed[k]]
     cycles: list[frozenset[int]] = []
     for k in recurrent:
@@ -91,15 +92,6 @@ def split(scan: Node) -> Split:
     )
 
 
-def reached_by_carries(body: GraphModule, carries: Sequence[Node]) -> dict[Node, set[int]]:
-    """For each node, the carries of this step that it depends on."""
-    reached: dict[Node, set[int]] = {c: {k} for k, c in enumerate(carries)}
-    for node in body.graph.nodes:
-        if node not in reached:
-            reached[node] = set().union(*(reached[n] for n in node.all_input_nodes))
-    return reached
-
-
 def _needed_by(body: GraphModule, nexts: Sequence[Node]) -> dict[Node, set[int]]:
     """For each node, the carries whose next value depends on it."""
     needed: dict[Node, set[int]] = {n: set() for n in body.graph.nodes}
@@ -110,15 +102,6 @@ def _needed_by(body: GraphModule, nexts: Sequence[Node]) -> dict[Node, set[int]]
             for source in node.all_input_nodes:
                 needed[source] |= needed[node]
     return needed
-
-
-def _closure(direct: list[set[int]]) -> list[set[int]]:
-    closed = [set(d) for d in direct]
-    for middle in range(len(closed)):
-        for reach in closed:
-            if middle in reach:
-                reach |= closed[middle]
-    return closed
 
 
 class Distribution:

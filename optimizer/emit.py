@@ -13,6 +13,7 @@ import operator
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import count
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from .facts import (
 from .formula import Symbolic, SymbolicFloat
 
 INDENT = "    "
+ROOT = __name__.partition(".")[0]  # the package, whose `fused_scan` a source may call
 LARGE = 1 << 16  # bytes: when locals of so much are used no more, they are deleted
 
 INFIX = {
@@ -106,7 +108,7 @@ class _Source:
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
         self.names: dict[Node, str] = {}
-        self.taken: set[str] = {"torch", "inf", "nan", "forward", *dir(builtins)}
+        self.taken: set[str] = {"torch", "looplift", "inf", "nan", "forward", *dir(builtins)}
         self.globals: dict[str, Any] = {}
         self.lines: list[str] = []
         self.at: str = ""
@@ -228,8 +230,9 @@ class _Source:
         text = textwrap.indent(str(node.args[0]), indent + INDENT)
         self.lines.append(f'{indent}{step} = """\n{text}{indent}"""')
         rest = [self._text(a) for a in node.args[1:]]
-        callee = self._callee(node.target)
-        self.lines.append(_wrapped(f"{indent}{self._name(node)} = {callee}(", [step, *rest], ")"))
+        self.globals["looplift"] = import_module(ROOT)
+        called = f"{indent}{self._name(node)} = looplift.fused_scan("
+        self.lines.append(_wrapped(called, [step, *rest], ")"))
 
     def _target(self, node: Node) -> str:
         """What an assignment of `node` binds: of a split, its pieces."""

@@ -2,7 +2,7 @@
 
 The operator takes the step as Python source, so a graph or a file that calls it holds all that
 it needs. Kernels are built by Inductor's builder and cached on disk by their content; where
-there is no compiler, the step runs in a plain loop.
+there is none, all steps of an affine recurrence run at once, and others in a plain loop.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .affine_step import at_once
 from .backward import backward_of
 from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import Lie, kernel_for, plan, step_sizes
+from .pointwise import Unsupported
 from .step import step_function
 from .walk import backward, keep, result_sizes
 
 log = logging.getLogger(__name__)
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclasses, which may have a say
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
+HALVES = (torch.bfloat16, torch.float16)  # computed in float32, rounded once
 KINDS = {("cpu", dtype) for dtype in DTYPES}  # of all tensors of a call
 
 
@@ -59,19 +63,44 @@ def is_built(
     return _library(chosen.source) is not None
 
 
-@torch.library.custom_op("looplift::fused_scan", mutates_args=())
 def fused_scan(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    axes: Sequence[int], reverse: bool,
+    axes: Sequence[int], reverse: bool = False,
 ) -> list[Tensor]:
     """The final carries, then each output of all steps, stacked along its axis of `axes`.
 
-    `step(*carries, *slice, *invariants)` returns the next carries, then this step's outputs.
-    `slices` hold one step along axis 0 each. In `reverse` the last step is the first. All
-    tensors have one dtype.
+    `step` is the source of a function `step`: `step(*carries, *slice, *invariants)` returns the
+    next carries, then this step's outputs. `slices` hold one step along axis 0 each. In
+    `reverse` the last step is the first. All tensors have one real floating dtype.
+
+    >>> step = "def step(total, x):\\n    total = total + x\\n    return [total, total]"
+    >>> fused_scan(step, [torch.zeros(2)], [torch.ones(3, 2)], [], [0])[1]
+    tensor([[1., 1.],
+            [2., 2.],
+            [3., 3.]])
     """
+    given = (*carries, *slices, *invariants)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() \
+            or torch._C._functorch.peek_interpreter_stack() is not None \
+            or any(type(t) not in PLAIN for t in given):
+        made: list[Tensor] = scan_operator(step, carries, slices, invariants, axes, reverse)
+        return made
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        counts = len(carries), len(slices), len(invariants)
+        apply: Any = _Direct.apply
+        return list(apply((step, counts, axes, reverse), *given))
+    return _operate(step, carries, slices, invariants, axes, reverse)
+
+
+def _operate(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    axes: Sequence[int], reverse: bool,
+) -> list[Tensor]:
     made = _run(step, carries, slices, invariants, axes, reverse)
     return [t.contiguous() for t in made]
+
+
+scan_operator = torch.library.custom_op("looplift::fused_scan", _operate, mutates_args=())
 
 
 def _run(
@@ -79,21 +108,65 @@ def _run(
     axes: Sequence[int], reverse: bool, spent: frozenset[int] = frozenset(),
 ) -> list[Tensor]:
     """`fused_scan`, results in any layout; outputs may be written over slices that are `spent`."""
+    given, first = (*carries, *slices, *invariants), carries[0]
+    if any((t.device, t.dtype) != (first.device, first.dtype) for t in given):
+        return _plain(step, carries, slices, invariants, axes, reverse)
+    if first.dtype in HALVES:
+        carries, slices, invariants = ([t.float() for t in ts]
+                                       for ts in (carries, slices, invariants))
+        made = _run(step, carries, slices, invariants, axes, reverse, spent)
+        return [t.to(first.dtype) for t in made]
+    return _by_kernel(step, carries, slices, invariants, axes, reverse, spent) \
+        or _at_once(step, carries, slices, invariants, axes, reverse) \
+        or _plain(step, carries, slices, invariants, axes, reverse)
+
+
+def _by_kernel(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    axes: Sequence[int], reverse: bool, spent: frozenset[int],
+) -> list[Tensor] | None:
     given = (*carries, *slices, *invariants)
     first, counts = carries[0], (len(carries), len(slices), len(invariants))
-    kind = first.device.type, first.dtype
-    found = None
-    if kind in KINDS and all((t.device.type, t.dtype) == kind for t in given):
-        shapes = tuple((t.shape, t.stride()) for t in given)
-        found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
+    if (first.device.type, first.dtype) not in KINDS:
+        return None
+    shapes = tuple((t.shape, t.stride()) for t in given)
+    found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
     library = found and _library(found.source)
     if found is None or library is None:
-        return _plain(step, carries, slices, invariants, axes, reverse)
+        return None
     numbers, made, _alive = found.packed(given)
     threads = torch.get_num_threads() if found.work >= SMALL else 1
     getattr(library, DTYPES[first.dtype])(
         numbers, found.sizes, ctypes.c_int64(found.steps), ctypes.c_int64(threads))
     return made
+
+
+def pays(steps: int, carries: Sequence[Tensor]) -> bool:
+    """Whether O(log steps) passes over all states beat a loop over the steps.
+
+    Measured for h = a·h + b on two cores: 0.3–1.3x as fast as the loop at 64 and 256 steps,
+    3–5x at 1,024 steps, with few lanes; 1.3x and less where a state has 16 KiB. On a GPU every
+    operation of a loop costs a launch.
+    """
+    if not carries or carries[0].device.type != "cpu":
+        return bool(carries) and steps >= 16
+    return steps >= 128 and sum(t.numel() * t.element_size() for t in carries) <= 1 << 14
+
+
+def _at_once(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    axes: Sequence[int], reverse: bool,
+) -> list[Tensor] | None:
+    held, sizes = len(carries), step_sizes(carries, slices, invariants)
+    counts = held, len(slices), len(invariants)
+    if not pays(slices[0].shape[0], carries):
+        return None
+    found = at_once(step, sizes, counts)
+    if isinstance(found, Unsupported):
+        return None
+    made = found.run(carries, slices, invariants, reverse)
+    return made and [*made[:held], *(t.movedim(0, axis) for t, axis in
+                                     zip(made[held:], axes, strict=True))]
 
 
 def _plain(
@@ -109,13 +182,13 @@ def _plain(
                      for r, axis in zip(results[held:], axes, strict=True)]
 
 
-@fused_scan.register_fake
+@scan_operator.register_fake
 def _(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
     axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
-    results, held = result_sizes(step, step_sizes(carries, slices, invariants)), len(carries)
-    steps, like = slices[0].shape[0], carries[0]
+    steps, held, like = slices[0].shape[0], len(carries), carries[0]
+    results = result_sizes(step, step_sizes(carries, slices, invariants))
     stacked = [(*shape[:axis], steps, *shape[axis:])
                for shape, axis in zip(results[held:], axes, strict=True)]
     return [like.new_empty(shape) for shape in (*results[:held], *stacked)]
@@ -124,9 +197,29 @@ def _(
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     # gradients of gradients, and traces, go through the operator
     given = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
-    if torch.is_grad_enabled() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
-        return backward(lambda *args: fused_scan(*args[:-1]), True, ctx, grads)
-    return backward(_run, False, ctx, grads)
+    if torch.is_grad_enabled() or any(type(t) not in PLAIN for t in given):
+        return backward(lambda *args: scan_operator(*args[:-1]), True, ctx, grads)
+    chunks = given[0].device.type == "cpu"  # elsewhere all steps run at once, the more the better
+    return backward(_run, not chunks, ctx, grads)
 
 
-fused_scan.register_autograd(_backward, setup_context=keep)
+scan_operator.register_autograd(_backward, setup_context=keep)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator's forward and backward where nobody else has to see it; a tenth of a
+    millisecond less."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *given: Tensor) -> tuple[Tensor, ...]:
+        step, (held, read, _), axes, reverse = call
+        inputs = step, given[:held], given[held : held + read], given[held + read :], axes, reverse
+        made = _operate(*inputs)
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, made)
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _, to_carries, to_slices, to_invariants, *_ = _backward(ctx, grads)
+        return None, *to_carries, *to_slices, *to_invariants

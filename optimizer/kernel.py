@@ -144,7 +144,7 @@ class _Kernel:
 
     def _operation(self, node: Node) -> None:
         target: Any = node.target
-        fill = constant(node)
+        fill = None if constant(node) is None else number(constant(node))
         if fill is not None:
             self.constants[node] = fill
             return

@@ -59,14 +59,14 @@ def number(leaf: Any) -> str:
     return f"V(S({text}))"
 
 
-def constant(node: Node) -> str | None:
-    """The number that fills a value, as a vector."""
+def constant(node: Node) -> Any:
+    """The number that fills a value, or None."""
     name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
     if name in ("zeros", "new_zeros", "zeros_like"):
-        return number(0)
+        return 0
     if name in ("ones", "new_ones", "ones_like"):
-        return number(1)
-    return number(node.args[CONSTANTS[name]]) if name in CONSTANTS else None
+        return 1
+    return node.args[CONSTANTS[name]] if name in CONSTANTS else None
 
 
 def expression(node: Node, read: Callable[[Node], str]) -> str:

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, duplicate
-from .distribute import Split, reached_by_carries, replacing
+from .cycles import reached_by
+from .distribute import Split, replacing
 from .facts import argument, aten, is_op, shape
 from .normal_form import remove_dead
 from .rewrite import Rewrite
@@ -57,7 +58,7 @@ class Product:
 
 def separable(parts: Split) -> list[Product]:
     """The products on a cycle of which some parts are not on it."""
-    reached = reached_by_carries(parts.body, parts.carries)
+    reached = reached_by(parts.body.graph, parts.carries)
     return [
         product
         for node, number in parts.on_cycle.items()
@@ -80,7 +81,7 @@ def separation(pass_name: str, parts: Split, products: Sequence[Product]) -> Rew
 
 def _separated(parts: Split, products: Sequence[Product], mode: FakeTensorMode) -> GraphModule:
     """A copy of the body with its products separated."""
-    reached = reached_by_carries(parts.body, parts.carries)
+    reached = reached_by(parts.body.graph, parts.carries)
     body = duplicate(parts.body)
     known = dict(zip(parts.body.graph.nodes, body.graph.nodes, strict=True))
     for product in products:

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .facts import aten
 
+VMAP = [getattr(torch._C.DispatchKey, name) for name in (
+    "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched",
+    "FuncTorchVmapMode")]
 Step = Callable[..., list[Tensor]]
 Sizes = tuple[int, ...]
 Counts = tuple[int, int, int]  # of carries, slices and invariants
@@ -110,10 +114,25 @@ def aside(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result()
 
 
-def functional_graph(function: Callable[..., Any], sizes: Sequence[Sizes]) -> GraphModule:
-    """A function of tensors of `sizes` in core operations, none of which writes in place."""
-    arguments = halves(sizes)
-    made = make_fx(torch.func.functionalize(function), decomposition_table=RULES)(*arguments)
+def over_steps(function: Callable[..., Any], moves: Sequence[bool], args: Sequence[Tensor]) -> Any:
+    """`torch.vmap` over axis 0 of the arguments that move, also within a call of an operator
+    that came through a dispatch mode, which switches it off."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in VMAP:
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        return torch.vmap(function, in_dims=tuple(0 if m else None for m in moves))(*args)
+
+
+def functional_graph(
+    function: Callable[..., Any], sizes: Sequence[Sizes], kept: Sequence[OpOverload] = ()
+) -> GraphModule:
+    """A function of tensors of `sizes` in core operations and `kept` ones, none of which writes
+    in place."""
+    rules = {target: rule for target, rule in RULES.items() if target not in kept}
+    function = torch.func.functionalize(function)
+    made = make_fx(function, decomposition_table=rules)(*halves(sizes))
     reshaped(made)
     return made
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import looplift
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looplift.optimizer import fused
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -82,6 +84,31 @@ def decayed(m: Any, x: Tensor) -> Tensor:
     return total
 
 
+def waiting(m: Any, x: Tensor) -> Tensor:
+    """A queue: what waits, comes and is served."""
+    rest, rests = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        rest = torch.relu(rest + m.a(x[:, t]))
+        rests.append(rest)
+    return torch.stack(rests, 1)
+
+
+def turning(m: Any, x: Tensor) -> Tensor:
+    turn, rests = torch.polar(torch.sigmoid(m.a.bias), m.a.bias), []
+    h = torch.zeros_like(turn)
+    for t in reversed(range(x.shape[1])):
+        h = turn * h + m.a(x[:, t])
+        rests.append(h.real)
+    return torch.stack(rests, 1)
+
+
+def gated(m: Any, x: Tensor) -> Tensor:
+    h = torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        h = torch.tanh(h + m.a(x[:, t]))
+    return h
+
+
 FORWARDS = [last, after, before, both]
 
 
@@ -101,6 +128,43 @@ def test_running_sums_are_computed_at_once(forward: Forward) -> None:
     assert "for " not in fast.code
 
 
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    with mock.patch.object(fused, "_library", return_value=None):
+        yield
+
+
+LONG = 160  # steps, of which it pays
+
+
+@pytest.mark.parametrize("forward", [decayed, waiting, turning])
+def test_affine_recurrences_run_at_once_where_there_is_no_kernel(
+    forward: Forward, no_compiler: None
+) -> None:
+    model, x = Model(forward).double(), torch.randn(2, LONG, 4, dtype=torch.float64)
+    fast = optimized(model, x)
+    assert [re.sub(r"\d+", "N", each) for each in fired(fast)] == [
+        "affine recurrence of N steps → all at once"] * 2
+    assert "for " not in fast.code
+    with mock.patch.object(fused, "_plain", side_effect=AssertionError("a loop ran")):
+        same(model, fast, x)
+    same(model, fast, x.masked_fill(x > 2, float("inf")))
+
+
+def test_other_steps_are_left_with_the_reason(no_compiler: None) -> None:
+    fast = optimized(Model(gated), torch.randn(2, LONG, 4))
+    assert fired(fast) == []
+    declined = {d["reason"] for d in fast.report.to_dict()["declined"] if d["pass_name"] == NAME}
+    assert declined == {"it is not affine: it computes tanh of what it carries"}
+
+
+def test_short_loops_and_those_with_a_kernel_are_left() -> None:
+    for steps in (LONG // 4, LONG):
+        fast = optimized(Model(decayed), torch.randn(2, steps, 4))
+        assert fired(fast) == []
+        assert "fused_scan" in fast.code
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(FORWARDS), st.integers(1, 3), st.integers(3, 7), st.integers(1, 3))
 def test_values_and_gradients_are_the_models(
@@ -108,14 +172,18 @@ def test_values_and_gradients_are_the_models(
 ) -> None:
     model = Model(forward, width).double()
     x = torch.randn(batch, steps, width, dtype=torch.float64)
+    same(model, looplift.apply_passes(model, (x,), measure=False, verify=False), x)
+
+
+def same(model: nn.Module, fast: nn.Module, x: Tensor) -> None:
     results = []
-    for run in (model, looplift.apply_passes(model, (x,), measure=False, verify=False)):
+    for run in (model, fast):
         given = x.clone().requires_grad_()
         outputs = torch.utils._pytree.tree_leaves(run(given))
         grads = torch.autograd.grad([o.sin().sum() for o in outputs], [given, *model.parameters()],
                                     allow_unused=True)
         results.append((outputs, grads, [o.stride() for o in outputs]))
-    assert_close(results[1], results[0])
+    assert_close(results[1], results[0], equal_nan=True)
 
 
 def test_terms_that_are_broadcast_are_left_with_the_reason() -> None:

@@ -1,0 +1,170 @@
+"""A scan as a call of `fused_scan`: its step as source, on real numbers of one dtype."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from .affine_step import at_once
+from .builder import Builder, duplicate, output_node, placeholders
+from .emit import sourced
+from .facts import aten, is_tensor, stacked_as, value
+from .fused import HALVES, KINDS, is_built
+from .packing import step_sizes
+from .pairs import in_pairs, is_complex, parted
+from .pointwise import Unsupported, no_rule
+from .sink import Sunk, sunk
+
+Tensors = Sequence[Tensor]
+Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
+CPU = torch.device("cpu")
+SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
+@dataclass(frozen=True)
+class Fusible:
+    """What a scan's steps read, their source, and numbers that are their last invariants."""
+
+    given: Sunk
+    step: str
+    numbers: tuple[float, ...]
+
+
+def fusible(scan: Node, runs: Runs) -> Fusible | Unsupported:
+    """The scan with its producers in its steps, or without them if only so it `runs`."""
+    if not cast(list[Node], scan.args[1]):
+        return Unsupported("it carries nothing from step to step")
+    for producers in (True, False):
+        try:
+            return _fusible(sunk(scan, producers), runs)
+        except Unsupported as error:
+            reason = error
+    return reason
+
+
+def by_kernel(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:
+    """Whether a kernel runs a step; builds it."""
+    device, dtype = carries[0].device.type, carries[0].dtype
+    if (device, torch.float32 if dtype in HALVES else dtype) not in KINDS:
+        raise Unsupported(f"its values are on the device {device!r}")
+    if not is_built(step, carries, slices, invariants):
+        raise Unsupported("there is no C++ compiler that builds the kernel")
+
+
+def all_at_once(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:
+    """Whether all steps run at once, as an affine recurrence."""
+    counts = len(carries), len(slices), len(invariants)
+    found = at_once(step, step_sizes(carries, slices, invariants), counts)
+    if isinstance(found, Unsupported):
+        raise found
+
+
+def call(build: Builder, found: Fusible) -> list[Node]:
+    """The results of the scan; masks among its arguments count as 0 and 1."""
+    given = found.given
+    starts = cast(list[Node], given.scan.args[1])
+    results = cast(tuple[Node, ...], output_node(given.body).args[0])
+    slices, invariants = given.read(build)
+    carries, slices, invariants = (
+        [part for node in nodes for part in _real(build, node, starts[0])]
+        for nodes in (starts, slices, invariants))
+    invariants += [build.call(aten.full.default, [], number, dtype=value(carries[0]).dtype,
+                              device=value(carries[0]).device) for number in found.numbers]
+    stacked = {int(cast(int, r.args[1])): stacked_as(r)[1] for r in given.scan.users}
+    axes = [stacked.get(k, 0) for k, r in enumerate(results) if k >= len(starts)
+            for _ in range(1 + is_complex(r))]
+    made = iter(build.several(torch.ops.looplift.fused_scan.default, found.step, carries, slices,
+                              invariants, axes, False))
+    return [_result(build, result, made, stacked.get(k, 0) * (k >= len(starts)))
+            for k, result in enumerate(results)]
+
+
+def _real(build: Builder, node: Node, like: Node) -> list[Node]:
+    """A value as a step takes it: the two parts of a complex one, a mask as numbers."""
+    if is_complex(node):
+        both = build.call(aten.view_as_real.default, node)
+        return [build.call(aten.select.int, both, -1, k) for k in (0, 1)]
+    if value(node).dtype is torch.bool:
+        dtype = value(like).real.dtype if is_complex(like) else value(like).dtype
+        return [build.call(aten.to.dtype, node, dtype)]
+    return [node]
+
+
+def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
+    """A result of the scan, of those of the call."""
+    parts = [build.move(next(made), axis, 0) for _ in range(1 + is_complex(was))]
+    if len(parts) > 1:
+        return build.call(aten.complex.default, *parts)
+    return build.call(aten.ne.Scalar, *parts, 0) if value(was).dtype is torch.bool else parts[0]
+
+
+def _fusible(given: Sunk, runs: Runs) -> Fusible:
+    body = given.body
+    for node in body.graph.nodes:
+        if node.op == "call_function" and not isinstance(node.target, OpOverload) \
+                and node.target is not operator.getitem:
+            raise no_rule(node.target)
+    if any(node.op == "get_attr" for node in body.graph.nodes):
+        raise Unsupported("it reads a constant tensor")
+    pairs = in_pairs(body)
+    carries, slices, invariants = (
+        [part for t in ts for part in (parted(t) if t.dtype.is_complex else (t,))]
+        for ts in given.values())
+    heads, held = placeholders(pairs), len(carries)
+    results = cast(tuple[Node, ...], output_node(pairs).args[0])
+    tensors = [n for n in pairs.graph.nodes if is_tensor(n)]
+    kinds = {(value(n).device, value(n).dtype) for n in tensors
+             if value(n).dtype is not torch.bool or n in heads[:held] or n in results[:held]}
+    if len(kinds) != 1 or not carries[0].dtype.is_floating_point:
+        raise Unsupported("its values are not all of one floating dtype on one device")
+    body, numbers = with_arguments(in_numbers(pairs, held))
+    step, needs = sourced(body, "step")
+    if needs:
+        raise Unsupported("it reads a constant tensor")
+    scalars = [carries[0].new_empty(()) for _ in numbers]
+    runs(step, carries, slices, [*invariants, *scalars])
+    return Fusible(given, step, numbers)
+
+
+def in_numbers(body: GraphModule, held: int) -> GraphModule:
+    """The body with numbers, 0 and 1, in place of the masks among its arguments and outputs."""
+    made = duplicate(body)
+    first, *_ = heads = placeholders(made)
+    end = output_node(made)
+    for head in heads:
+        if value(head).dtype is torch.bool:
+            with made.graph.inserting_after(heads[-1]):
+                mask = made.graph.call_function(aten.ne.Scalar, (head, 0))
+            for user in [u for u in head.users if u is not mask]:
+                user.replace_input_with(head, mask)
+    results = list(cast(tuple[Node, ...], end.args[0]))
+    were = cast(tuple[Node, ...], output_node(body).args[0])
+    with made.graph.inserting_before(end):
+        for k in range(held, len(results)):
+            if value(were[k]).dtype is torch.bool:
+                results[k] = made.graph.call_function(aten.type_as.default, (results[k], first))
+    end.args = (tuple(results),)
+    return made
+
+
+def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float, ...]]:
+    """The body with its fractions as its last arguments, and those numbers: a step of 1 / T is
+    then one kernel for all lengths."""
+    made = duplicate(body)
+    found: dict[float, Node] = {}
+    for node in made.graph.nodes:
+        for number in node.args if node.target in SCALED else ():
+            if isinstance(number, float) and not number.is_integer():
+                if number not in found:
+                    heads = placeholders(made)
+                    with made.graph.inserting_after(heads[-1]):
+                        found[number] = made.graph.placeholder(f"number_{len(found)}")
+                node.args = tuple(found[number] if a is number else a for a in node.args)
+    return made, tuple(found)
