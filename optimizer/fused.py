@@ -82,7 +82,7 @@ def fused_scan(
     given = (*carries, *slices, *invariants)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() \
             or torch._C._functorch.peek_interpreter_stack() is not None \
-            or any(type(t) not in PLAIN for t in given):
+            or any(type(t) not in PLAIN or t.is_meta for t in given):
         made: list[Tensor] = scan_operator(step, carries, slices, invariants, axes, reverse)
         return made
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -125,7 +125,7 @@ def _by_kernel(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
     axes: Sequence[int], reverse: bool, spent: frozenset[int],
 ) -> list[Tensor] | None:
-    given = (*carries, *slices, *invariants)
+    given = [t.resolve_neg() for t in (*carries, *slices, *invariants)]  # a kernel sees memory
     first, counts = carries[0], (len(carries), len(slices), len(invariants))
     if (first.device.type, first.dtype) not in KINDS:
         return None
@@ -148,8 +148,10 @@ def pays(steps: int, carries: Sequence[Tensor]) -> bool:
     3–5x at 1,024 steps, with few lanes; 1.3x and less where a state has 16 KiB. On a GPU every
     operation of a loop costs a launch.
     """
-    if not carries or carries[0].device.type != "cpu":
-        return bool(carries) and steps >= 16
+    if not carries or (carries[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False  # a captured graph can't look at whether numbers are finite
+    if carries[0].device.type != "cpu":
+        return steps >= 16
     return steps >= 128 and sum(t.numel() * t.element_size() for t in carries) <= 1 << 14
 
 

@@ -89,7 +89,7 @@ def call(build: Builder, found: Fusible) -> list[Node]:
 def _real(build: Builder, node: Node, like: Node) -> list[Node]:
     """A value as a step takes it: the two parts of a complex one, a mask as numbers."""
     if is_complex(node):
-        both = build.call(aten.view_as_real.default, node)
+        both = build.call(aten.view_as_real.default, build.call(aten.resolve_conj.default, node))
         return [build.call(aten.select.int, both, -1, k) for k in (0, 1)]
     if value(node).dtype is torch.bool:
         dtype = value(like).real.dtype if is_complex(like) else value(like).dtype

@@ -66,7 +66,7 @@ def in_pairs(body: GraphModule) -> GraphModule:
 
 
 def parted(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.view_as_real(tensor)
+    both = torch.view_as_real(tensor.resolve_conj())
     return both[..., 0], both[..., 1]
 
 

@@ -262,6 +262,20 @@ def test_memory_that_is_used_again_is_none_that_anyone_sees() -> None:
     assert_close([t.detach() for t in (*results, x, weight)], before, rtol=0, atol=0)
 
 
+def test_without_memory() -> None:
+    """Meta tensors get the sizes of the results."""
+    given = [torch.zeros(3, device="meta")], [torch.zeros(5, 3, device="meta")] * 2
+    made = fused_scan(GATED, *given, [torch.zeros(3, device="meta")], [1])
+    assert [(t.shape, t.device.type) for t in made] == [((3,), "meta"), ((3, 5), "meta")]
+
+
+def test_what_is_negative_by_its_flag_alone() -> None:
+    """The memory of such a tensor, the imaginary part of a conjugate, has the other sign."""
+    x = torch.randn(7, 1, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    same("def step(h, x):\n    h = torch.tanh(h) + x\n    return [h, h]", [random(1)], [x], [], 1)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinities_go_where_they_go_in_the_loop(number: float) -> None:
     x, gate = random(5, 40), random(5, 40)

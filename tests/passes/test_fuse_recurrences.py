@@ -127,10 +127,12 @@ def rotating(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixed_by_a_complex_matrix(m: Any, x: Tensor) -> Tensor:
-    weight = torch.complex(m.a.weight, m.b.weight) / 4
+    weight = torch.complex(m.a.weight, m.b.weight).conj() / 4
+    turn = torch.complex(m.decay, m.decay).conj()
     h, outputs = torch.view_as_complex(x[:, 0].reshape(-1, 2, 2)).repeat(1, 2), []
     for t in range(x.shape[1]):
         h = torch.complex(x[:, t], -x[:, t]) / (1 + m.decay) + h.unsqueeze(1).matmul(weight)[:, 0]
+        h = h * turn
         outputs.append(h.imag)
     return torch.stack(outputs, 1)
 
