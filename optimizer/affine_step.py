@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .cycles import components, reached_by
-from .facts import aten, behind, shape, value
+from .facts import aten, behind, is_tensor, shape, value
 from .parallel_scan import LARGEST, LINEAR, LOG_SUM, SEMIRINGS, SMALLEST, Semiring, running, solve
 from .parallel_scan import before as states_before
 from .pointwise import SAME, Unsupported, constant
@@ -81,9 +81,8 @@ class _Reader:
         target, args, alpha = node.target, node.args, node.kwargs.get("alpha", 1)
         if set(node.kwargs) - {"alpha"} and target not in SAME:
             return None
-        if target in SAME or target in RESHAPES:
-            source = cast(Node, args[0])
-            return forms[0] if value(node).dtype == value(source).dtype else None
+        if target in SAME or target in RESHAPES or target is aten.type_as.default:
+            return forms[0]
         if target is aten.where.self and not forms[0].entries:
             return self._chosen(cast(Node, args[0]), *forms[1:])
         if target in JOINS and JOINS[target] is self.ring:
@@ -290,10 +289,14 @@ def _plan(graph_module: GraphModule, counts: Counts) -> AtOnce:
     graph, held = graph_module.graph, counts[0]
     heads = [n for n in graph.nodes if n.op == "placeholder"]
     results = cast(list[Node], graph.output_node().args[0])
-    for node in graph.nodes:
-        if node.all_input_nodes and constant(node) is not None:  # whatever it is to be like
-            node.args, node.kwargs = (heads[held], list(shape(node)), constant(node)), {}
+    like = heads[held]
+    for node in graph.nodes:  # traced in single precision, on the CPU; run on any slices
+        floats = is_tensor(node) and value(node).is_floating_point()
+        if floats and constant(node) is not None:
+            node.args, node.kwargs = (like, list(shape(node)), constant(node)), {}
             node.target = aten.new_full.default
+        elif floats and node.target is aten._to_copy.default:
+            node.target, node.args, node.kwargs = aten.type_as.default, (node.args[0], like), {}
     reached = reached_by(graph, heads[:held])
     known = set(heads[held:])
     blocks = []

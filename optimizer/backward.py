@@ -24,7 +24,7 @@ from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, behind, shape
 from .pointwise import SAME, constant
-from .step import Counts, Sizes, aside, functional_graph, halves, step_function, traced
+from .step import Counts, Sizes, aside, functional_graph, halves, placed, step_function, traced
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
@@ -371,4 +371,4 @@ class _Division:
 def _source(graph_module: GraphModule) -> str:
     """A step's source; what it fills is of its arguments' dtype, whatever it was traced with."""
     first = next(iter(graph_module.graph.nodes)).name
-    return emit(graph_module, "step").replace(str(torch.float32), f"{first}.dtype")
+    return placed(emit(graph_module, "step"), first, torch.float32)

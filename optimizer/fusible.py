@@ -21,6 +21,7 @@ from .packing import step_sizes
 from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
 from .sink import Sunk, sunk
+from .step import placed
 
 Tensors = Sequence[Tensor]
 Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
@@ -128,6 +129,7 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     step, needs = sourced(body, "step")
     if needs:
         raise Unsupported("it reads a constant tensor")
+    step = placed(step, placeholders(body)[0].name, carries[0].dtype)
     scalars = [carries[0].new_empty(()) for _ in numbers]
     runs(step, carries, slices, [*invariants, *scalars])
     return Fusible(given, step, numbers)

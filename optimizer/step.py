@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -90,6 +91,12 @@ RENAMED: dict[Any, Any] = {
     aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default,
     aten.squeeze_.dim: aten.squeeze.dim,  # of a product that has no other reader
 }
+
+
+def placed(source: str, first: str, dtype: torch.dtype) -> str:
+    """A step that makes its constants where its `first` argument is, and of its dtype."""
+    source = source.replace(str(dtype), f"{first}.dtype")
+    return re.sub(r"torch\.device\([^()]*\)", f"{first}.device", source)
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from looplift.optimizer.affine_step import AtOnce, at_once
 from looplift.optimizer.fused import fused_scan
 from looplift.optimizer.loop import plain_loop
 from looplift.optimizer.pointwise import Unsupported
-from looplift.optimizer.step import step_function
+from looplift.optimizer.step import placed, step_function
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -174,6 +174,23 @@ def test_under_a_dispatch_mode() -> None:
         want = fused_scan(step, *tensors, [0], False)
         with FlopCounterMode(display=False):
             assert_close(fused_scan(step, *tensors, [0], False), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_constants_of_a_backward_are_of_the_dtype_that_it_runs_in(dtype: torch.dtype) -> None:
+    """It is traced in single precision; gradients of pieces are written to zeros."""
+    step = ("def step(h, x):\n    n = 0.5 * h + x.narrow(0, 1, 2)\n"
+            "    return [n, x.narrow(0, 0, 2) + n]\n")
+    h, x = torch.zeros(2, dtype=dtype), torch.randn(200, 3, dtype=dtype, requires_grad=True)
+    with mock.patch.object(fused, "_library", return_value=None):
+        [got] = torch.autograd.grad(fused_scan(step, [h], [x], [], [0])[1].sum(), [x])
+    [want] = torch.autograd.grad(looped(step, [h], [x], [], False)[1].sum(), [x])
+    assert_close(got, want)
+
+
+def test_a_step_makes_its_constants_where_it_runs() -> None:
+    step = "x * torch.ones([], dtype=torch.float16, device=torch.device('cuda', index=0))"
+    assert placed(step, "x", torch.float16) == "x * torch.ones([], dtype=x.dtype, device=x.device)"
 
 
 DECAY = "def step(h, x, a):\n    n = a * h + x\n    return [n, n]\n"
