@@ -66,7 +66,7 @@ class _Reader:
         """Find the form of an operation; raises `Unsupported` where it has none."""
         if self.forms.keys().isdisjoint(node.all_input_nodes):
             return
-        if shape(node) != self.size:
+        if not is_tensor(node) or shape(node) != self.size:
             raise Unsupported("it is not affine element by element in what it carries")
         found = self._read(node, [self.form(leaf) for leaf in node.args])
         if found is None:

@@ -250,7 +250,8 @@ class _Division:
         to = dict(zip(self.present[held:], self.results[held:], strict=True))
         wanted = {f"to_slice_{k - held}": node for k, node in to.items() if k < held + read}
         sums: list[Node] = []
-        ends = {k - held - read: self._terms(n) for k, n in to.items() if k >= held + read}
+        ends = {k - held - read: self._added(self._terms(n), wanted) for k, n in to.items()
+                if k >= held + read}
         for root, _ in [end for found in ends.values() for end in found]:
             if root.target in PRODUCTS:  # first: their factors may be what another root is
                 self._factors(root, wanted)
@@ -289,8 +290,37 @@ class _Division:
             return self._terms(source, (node, *chain))
         largest = max(math.prod(shape(h)) for h in self.heads)
         while chain and math.prod(shape(node)) > largest and node.target not in PRODUCTS:
-            node, chain = chain[0], chain[1:]
+            first, *rest = chain  # of this summand alone, where others join it before
+            node = first if first.args[0] is node else self._made(first, node, *first.args[1:])
+            chain = tuple(rest)
         return [(node, chain)]
+
+    def _made(self, like: Node, *args: Any) -> Node:
+        """The operation of another node, on arguments of the sizes of its own."""
+        with self.graph.inserting_before(self.graph.output_node()):
+            node = self.graph.call_function(cast(Any, like.target), args, like.kwargs)
+        node.meta["val"] = like.meta["val"]
+        return node
+
+    def _added(
+        self, terms: list[tuple[Node, Any]], wanted: dict[str, Node]
+    ) -> list[tuple[Node, Any]]:
+        """The terms; of those with equal chains that the walk sums, one, of the sum of roots."""
+        made: list[tuple[Node, Any]] = []
+        sums: dict[Any, int] = {}  # place in `made`
+        for root, chain in terms:
+            key = shape(root), tuple((n.target, repr(n.args[1:]), repr(n.kwargs)) for n in chain)
+            if root.target in PRODUCTS or root in wanted.values():
+                made.append((root, chain))
+            elif key not in sums:
+                sums[key] = len(made)
+                made.append((root, chain))
+            else:
+                with self.graph.inserting_before(self.graph.output_node()):
+                    total = self.graph.call_function(aten.add.Tensor, (made[sums[key]][0], root))
+                total.meta["val"] = root.meta["val"]
+                made[sums[key]] = total, chain
+        return made
 
     def _term(
         self, root: Node, chain: tuple[Node, ...], sums: list[Node], wanted: dict[str, Node]

@@ -99,6 +99,13 @@ def test_all_steps_at_once_are_the_loop(name: str) -> None:
                          rtol=1e-11, atol=1e-11)
 
 
+def test_a_step_that_takes_its_carry_apart_has_a_reason() -> None:
+    step = "def step(h, x):\n    p, q = h.split([1, 2], 1)\n    return [torch.cat([q, p], 1) + x]\n"
+    found = at_once(step, (SIZE, SIZE), (1, 1, 0))
+    assert isinstance(found, Unsupported)
+    assert "element by element" in str(found)
+
+
 @pytest.mark.parametrize("reason", OTHER)
 def test_other_steps_have_a_reason(reason: str) -> None:
     lines, held = OTHER[reason]

@@ -269,6 +269,17 @@ def test_without_memory() -> None:
     assert [(t.shape, t.device.type) for t in made] == [((3,), "meta"), ((3, 5), "meta")]
 
 
+def test_a_gradient_that_is_a_sum_before_it_is_cut_down() -> None:
+    """Each summand has its own way to the bias: it was counted twice."""
+    step = """
+def step(h, x, bias):
+    v = x + bias
+    v = (v + v).mean(1, True)
+    return [torch.sigmoid(v) * h, v]
+"""
+    same(step, [random(4, 1, grad=True)], [random(3, 4, 1, grad=True)], [random(5, grad=True)], 1)
+
+
 def test_what_is_negative_by_its_flag_alone() -> None:
     """The memory of such a tensor, the imaginary part of a conjugate, has the other sign."""
     x = torch.randn(7, 1, dtype=torch.complex128).conj().imag
