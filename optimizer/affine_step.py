@@ -9,9 +9,9 @@ before the recurrence, what the step returns beside its carries after it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .axes import RESHAPES
 from .cycles import components, reached_by
 from .facts import aten, behind, is_tensor, shape, value
 from .parallel_scan import LARGEST, LINEAR, LOG_SUM, SEMIRINGS, SMALLEST, Semiring, running, solve
@@ -28,6 +29,7 @@ from .step import Counts, Sizes, aside, functional_graph, over_steps, step_funct
 
 MOST = 4  # carries that depend on one another: products of their matrices grow with the cube
 Value = Node | float  # what is known without the recurrence
+Combine = Callable[[Value | None, Value | None], Value | None]
 TARGETS: dict[Any, tuple[Any, Any]] = {  # on values, on numbers
     torch.add: (aten.add.Tensor, operator.add), torch.mul: (aten.mul.Tensor, operator.mul),
     torch.maximum: (aten.maximum.default, max), torch.minimum: (aten.minimum.default, min),
@@ -36,7 +38,6 @@ TARGETS: dict[Any, tuple[Any, Any]] = {  # on values, on numbers
 KEPT = (aten.logaddexp.default,)  # which is an operation here, and several for a kernel
 JOINS = {aten.add.Tensor: LINEAR, aten.maximum.default: LARGEST, aten.minimum.default: SMALLEST,
          aten.logaddexp.default: LOG_SUM}
-RESHAPES = (aten.reshape.default, aten.expand.default)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class _Reader:
         target, args, alpha = node.target, node.args, node.kwargs.get("alpha", 1)
         if set(node.kwargs) - {"alpha"} and target not in SAME:
             return None
-        if target in SAME or target in RESHAPES or target is aten.type_as.default:
+        if target in SAME or target in RESHAPES \
+                or target in (aten.expand.default, aten.type_as.default):
             return forms[0]
         if target is aten.where.self and not forms[0].entries:
             return self._chosen(cast(Node, args[0]), *forms[1:])
@@ -126,9 +128,12 @@ class _Reader:
         return form if number == 1 else self._each(form, lambda v: self._scaled_value(v, number))
 
     def _joined(self, a: Form, b: Form) -> Form:
+        return self._merged(a, b, self._plus)
+
+    def _merged(self, a: Form, b: Form, combine: Combine) -> Form:
         carries = [*a.entries, *(c for c in b.entries if c not in a.entries)]
-        entries = {c: self._plus(a.entries.get(c), b.entries.get(c)) for c in carries}
-        return Form(cast(dict[Node, Value], entries), self._plus(a.term, b.term))
+        entries = {c: combine(a.entries.get(c), b.entries.get(c)) for c in carries}
+        return Form(cast(dict[Node, Value], entries), combine(a.term, b.term))
 
     def _bounded(self, form: Form, least: Any, most: Any) -> Form | None:
         """A form not below, or not above, a number or value that is known."""
@@ -140,13 +145,11 @@ class _Reader:
 
     def _chosen(self, mask: Node, a: Form, b: Form) -> Form:
         """One form where the mask holds, the other elsewhere."""
-        def chosen(one: Value | None, other: Value | None) -> Value:
-            return self._call(aten.where.self, mask, *(
+        def chosen(one: Value | None, other: Value | None) -> Value | None:
+            return None if one is other is None else self._call(aten.where.self, mask, *(
                 self._node(self.ring.zero if v is None else v) for v in (one, other)))
 
-        carries = [*a.entries, *(c for c in b.entries if c not in a.entries)]
-        return Form({c: chosen(a.entries.get(c), b.entries.get(c)) for c in carries},
-                    None if a.term is b.term is None else chosen(a.term, b.term))
+        return self._merged(a, b, chosen)
 
     def _plus(self, a: Value | None, b: Value | None) -> Value | None:
         if a is None or b is None:
@@ -245,6 +248,11 @@ class AtOnce:
     blocks: tuple[_Block, ...]
     outputs: _Part
 
+    @cached_property
+    def read(self) -> Set[Node]:
+        """The arguments that are read outside of their own recurrence."""
+        return {h for p in (*(b.part for b in self.blocks), self.outputs) for h in p.heads}
+
     def run(
         self, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
         reverse: bool,
@@ -255,7 +263,6 @@ class AtOnce:
         steps = slices[0].shape[0]
         known = dict(zip(self.heads[held:], (*slices, *invariants), strict=True))
         moving = set(self.heads[held : held + read])
-        wanted = {h for p in (*(b.part for b in self.blocks), self.outputs) for h in p.heads}
         finals: dict[int, Tensor] = {}
         for block in self.blocks:
             starts = [carries[k] for k in block.carries]
@@ -265,7 +272,7 @@ class AtOnce:
             for k, start, after in zip(block.carries, starts, states, strict=True):
                 head, result = self.heads[k], self.results[k]
                 finals[k] = after[0 if reverse else -1].clone()
-                if head in wanted:
+                if head in self.read:
                     known[head] = states_before(after, start, reverse, steps)
                 known[result] = after
                 moving |= {head, result}

@@ -291,14 +291,15 @@ class _Division:
         largest = max(math.prod(shape(h)) for h in self.heads)
         while chain and math.prod(shape(node)) > largest and node.target not in PRODUCTS:
             first, *rest = chain  # of this summand alone, where others join it before
-            node = first if first.args[0] is node else self._made(first, node, *first.args[1:])
+            node = first if first.args[0] is node else self._made(
+                first.target, node, *first.args[1:], like=first, **first.kwargs)
             chain = tuple(rest)
         return [(node, chain)]
 
-    def _made(self, like: Node, *args: Any) -> Node:
-        """The operation of another node, on arguments of the sizes of its own."""
+    def _made(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
+        """An operation whose result has the size of another node."""
         with self.graph.inserting_before(self.graph.output_node()):
-            node = self.graph.call_function(cast(Any, like.target), args, like.kwargs)
+            node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = like.meta["val"]
         return node
 
@@ -316,10 +317,8 @@ class _Division:
                 sums[key] = len(made)
                 made.append((root, chain))
             else:
-                with self.graph.inserting_before(self.graph.output_node()):
-                    total = self.graph.call_function(aten.add.Tensor, (made[sums[key]][0], root))
-                total.meta["val"] = root.meta["val"]
-                made[sums[key]] = total, chain
+                total = made[sums[key]][0]
+                made[sums[key]] = self._made(aten.add.Tensor, total, root, like=root), chain
         return made
 
     def _term(

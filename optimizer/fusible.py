@@ -93,8 +93,7 @@ def _real(build: Builder, node: Node, like: Node) -> list[Node]:
         both = build.call(aten.view_as_real.default, build.call(aten.resolve_conj.default, node))
         return [build.call(aten.select.int, both, -1, k) for k in (0, 1)]
     if value(node).dtype is torch.bool:
-        dtype = value(like).real.dtype if is_complex(like) else value(like).dtype
-        return [build.call(aten.to.dtype, node, dtype)]
+        return [build.call(aten.to.dtype, node, value(like).dtype.to_real())]
     return [node]
 
 
@@ -116,7 +115,7 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
         raise Unsupported("it reads a constant tensor")
     pairs = in_pairs(body)
     carries, slices, invariants = (
-        [part for t in ts for part in (parted(t) if t.dtype.is_complex else (t,))]
+        [part for t in ts for part in parted(t)]
         for ts in given.values())
     heads, held = placeholders(pairs), len(carries)
     results = cast(tuple[Node, ...], output_node(pairs).args[0])

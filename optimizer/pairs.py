@@ -21,8 +21,6 @@ from .builder import output_node, placeholders
 from .facts import aten, is_tensor, value
 from .pointwise import SAME, Unsupported
 
-REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
 
 class Pair(NamedTuple):
     """Real and imaginary part; tensors, or numbers."""
@@ -50,7 +48,7 @@ def in_pairs(body: GraphModule) -> GraphModule:
     results = cast(tuple[Node, ...], output_node(body).args[0])
     if not any(map(is_complex, body.graph.nodes)):
         return body
-    parts = [parted(value(h)) if is_complex(h) else (value(h),) for h in heads]
+    parts = [parted(value(h)) for h in heads]
 
     def real(*given: Tensor) -> list[Tensor]:
         rest = iter(given)
@@ -65,7 +63,10 @@ def in_pairs(body: GraphModule) -> GraphModule:
     return make_fx(real)(*(part for p in parts for part in p))
 
 
-def parted(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def parted(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The two parts of a complex tensor; a real one as it is."""
+    if not tensor.is_complex():
+        return (tensor,)
     both = torch.view_as_real(tensor.resolve_conj())
     return both[..., 0], both[..., 1]
 
@@ -80,7 +81,7 @@ def _computed(node: Node, known: Mapping[Node, Any]) -> Any:
     dtype = kwargs.get("dtype")
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda a: isinstance(a, (Pair, Both)))
     if not any(isinstance(a, (Pair, Both, complex)) for a in leaves) \
-            and dtype not in REAL and target not in MADE:
+            and not (dtype and dtype.is_complex) and target not in MADE:
         return target(*args, **kwargs)
     if target in SAME and dtype is not None:
         return _cast(args[0], dtype)
@@ -91,11 +92,11 @@ def _computed(node: Node, known: Mapping[Node, Any]) -> Any:
 
 
 def _cast(given: Any, dtype: torch.dtype) -> Any:
-    if dtype not in REAL:
+    if not dtype.is_complex:
         raise Unsupported("the loop drops an imaginary part")
     if _is_real(given):
-        return given.to(REAL[dtype])
-    return Pair(*(part.to(REAL[dtype]) for part in given))
+        return given.to(dtype.to_real())
+    return Pair(*(part.to(dtype.to_real()) for part in given))
 
 
 def _pair(given: Any) -> Pair:
@@ -183,7 +184,7 @@ def _each(target: Any) -> Callable[..., Pair]:
 
 
 MADE = {aten.complex.default, aten.polar.default, aten.view_as_complex.default}  # of real ones
-VIEWS: Sequence[Any] = (
+PARTWISE: Sequence[Any] = (
     aten.reshape.default, aten.view.default, aten.permute.default, aten.expand.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.sum.dim_IntList,
     aten.clone.default, aten.alias.default, aten.detach.default, aten.neg.default,
@@ -202,5 +203,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.full_like.default: _full_like,
     aten.zeros_like.default: lambda a, **kwargs: _full_like(a, 0),
     aten.ones_like.default: lambda a, **kwargs: _full_like(a, 1),
-    **{target: _each(target) for target in VIEWS},
+    **{target: _each(target) for target in PARTWISE},
 }

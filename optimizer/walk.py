@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backward import Backward, Term, backward_of
 from .packing import step_sizes
-from .step import Counts, Sizes, step_function, traced
+from .step import Counts, Sizes, over_steps, step_function, traced
 
 CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
@@ -205,9 +205,8 @@ class _Walk:
                   for k, t in enumerate(self.invariants)}
         if back.before:
             per_step = [known[name] for name in back.before_slices]
-            places = (*[0] * len(per_step), *[None] * len(self.invariants))
-            before = torch.vmap(step_function(back.before), in_dims=places)
-            made = before(*per_step, *self.invariants)
+            moves = [*[True] * len(per_step), *[False] * len(self.invariants)]
+            made = over_steps(step_function(back.before), moves, (*per_step, *self.invariants))
             known |= {f"before_{k}": t for k, t in enumerate(made)}
             own |= {f"before_{k}" for k in range(len(made))}
         spent = frozenset(k for k, name in enumerate(back.slices) if name in own - back.factors)

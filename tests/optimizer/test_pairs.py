@@ -58,12 +58,8 @@ def traced(function: Function, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
 def test_pairs_are_the_complex_numbers(name: str, dtype: torch.dtype) -> None:
     graph_module, given = traced(FUNCTIONS[name], dtype)
     want = FUNCTIONS[name](*given)
-    found = in_pairs(graph_module)(*(part for t in given for part in parts(t)))
-    assert_close(list(found), list(parts(want)), equal_nan=True)
-
-
-def parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    return parted(tensor) if tensor.is_complex() else (tensor,)
+    found = in_pairs(graph_module)(*(part for t in given for part in parted(t)))
+    assert_close(list(found), list(parted(want)), equal_nan=True)
 
 
 def test_a_product_of_matrices() -> None:
@@ -71,8 +67,8 @@ def test_a_product_of_matrices() -> None:
     given = [torch.randn(2, 3, dtype=torch.complex128), torch.randn(3, 2, dtype=torch.complex128),
              torch.randn(3, 3, dtype=torch.float64)]
     graph_module = make_fx(lambda a, b, x: (a @ x.to(a.dtype) @ b,), tracing_mode="fake")(*given)
-    found = in_pairs(graph_module)(*(part for t in given for part in parts(t)))
-    assert_close(list(found), list(parts(given[0] @ given[2].to(given[0].dtype) @ given[1])))
+    found = in_pairs(graph_module)(*(part for t in given for part in parted(t)))
+    assert_close(list(found), list(parted(given[0] @ given[2].to(given[0].dtype) @ given[1])))
 
 
 @pytest.mark.parametrize(("function", "reason"), [
