@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .builder import Builder, output_node, placeholders
+from .builder import Builder, output_node, placeholders, storage
 from .facts import SUPERSEDED, aten, is_tensor, is_view, source_line, value
 from .normal_form import merge_equal, propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
@@ -112,7 +112,7 @@ def visible(graph_module: GraphModule) -> list[Seen]:
     owners: dict[int, int] = {}
     for position, node in enumerate(placeholders(graph_module)):
         if is_tensor(node):
-            owners.setdefault(_storage(value(node)), -1 - position)
+            owners.setdefault(storage(value(node)), -1 - position)
     return [_seen(leaf, position, owners) for position, leaf in enumerate(results(graph_module))]
 
 
@@ -120,8 +120,8 @@ def _seen(leaf: Any, position: int, owners: dict[int, int]) -> Seen:
     if not is_tensor(leaf) or value(leaf).layout is not torch.strided:
         return Seen()
     tensor = value(leaf)
-    owner = owners.get(_storage(tensor))
-    owners.setdefault(_storage(tensor), position)
+    owner = owners.get(storage(tensor))
+    owners.setdefault(storage(tensor), position)
     return Seen(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()),
                 owner)
 
@@ -137,7 +137,7 @@ def restore(
     propagate(graph_module, mode, exact=True)
     originals = results(captured)
     inputs = dict(zip(placeholders(captured), placeholders(graph_module), strict=True))
-    owners = {_storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
+    owners = {storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
               if is_tensor(n)}
     build = Builder(graph_module, end, mode, {"rewritten_by": "contract"})
     for position, was in enumerate(before):
@@ -154,7 +154,7 @@ def restore(
                 leaves[k] = leaf
         elif now != was:
             leaves[position] = _restored(build, leaves, before, position, now)
-        owners.setdefault(_storage(value(leaves[position])), position)
+        owners.setdefault(storage(value(leaves[position])), position)
     end.args = (leaves,)
     graph_module.recompile()
 
@@ -252,7 +252,3 @@ def _with_strides(build: Builder, node: Node, strides: tuple[int, ...]) -> Node:
 
 def results(graph_module: GraphModule) -> list[Any]:
     return list(output_node(graph_module).args[0])  # type: ignore[arg-type]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

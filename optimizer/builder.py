@@ -9,13 +9,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import Module
+from torch.utils import _pytree as pytree
 
 from .facts import SCAN, aten, body_of, has_body, is_op, only_last, shape, stacked_as, value
 from .loop import plain_loop
+
+COMPUTED = "computed"  # from what, and the result
+NUMBERS = (bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 class Builder:
@@ -40,7 +44,7 @@ class Builder:
             node = self.graph_module.graph.call_function(target, args, kwargs)
         self.made.append(node)
         node.meta.update(self.stamp)
-        node.meta["val"] = fake_result(node, self.mode)
+        refresh(node, self.mode)
         return node
 
     def copy(self, node: Node, known: dict[Node, Node]) -> Node:
@@ -156,6 +160,64 @@ def build_constant(build: Builder, body: GraphModule, node: Node) -> Node:
     return build.attribute(str(node.target), getattr(body, str(node.target)))
 
 
+def refresh(node: Node, mode: FakeTensorMode, exact: bool = False) -> None:
+    """Give `node` its fake result, computed anew only if what it is computed from has changed;
+    of a loop its `exact_result` if it is to be `exact`."""
+    sources = _sources(node, exact)
+    before, result = node.meta.get(COMPUTED, ((), None))
+    if result is None or result is not node.meta.get("val") or not _same(sources, before, result):
+        node.meta["val"] = exact_result(node, value, mode) if exact and has_body(node) \
+            else fake_result(node, mode)
+    node.meta[COMPUTED] = sources, node.meta["val"]
+
+
+def note_computed(node: Node) -> None:
+    """Note that the fake result of `node` is true for its arguments as they are."""
+    node.meta[COMPUTED] = _sources(node, False), node.meta.get("val")
+
+
+def _sources(node: Node, exact: bool) -> list[Any]:
+    """What the fake result of `node` depends on."""
+    leaves = [n.meta.get("val") if isinstance(n, Node) else n
+              for n in pytree.tree_leaves((node.args, node.kwargs))]
+    if has_body(node):
+        results = cast(tuple[Node, ...], output_node(body_of(node)).args[0])
+        leaves += [exact, *map(value, results)]
+    return [node.target, _stacks(node), *leaves]
+
+
+def _same(now: Sequence[Any], before: Sequence[Any], result: Any) -> bool:
+    """Whether these are equal numbers, and tensors that lie alike: in the same memory too, if
+    the result is a view of it."""
+    view = _is_strided(result) and storage(result) in {
+        storage(t) for t in before if _is_strided(t)}
+
+    def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, NUMBERS):
+            return type(a) is type(b) and a == b
+        return all(map(_is_strided, (a, b, result))) and _lies(a) == _lies(b) \
+            and not (view and storage(a) != storage(b))
+
+    return len(now) == len(before) and all(
+        a is b or alike(a, b) for a, b in zip(now, before, strict=True))
+
+
+def _is_strided(held: Any) -> bool:
+    return isinstance(held, FakeTensor) and held.layout is torch.strided
+
+
+def _lies(tensor: FakeTensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory; itself if its sizes are symbols."""
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    fixed = all(type(n) is int for n in sizes)
+    return (len(tensor.shape), sizes, tensor.dtype, tensor.fake_device) if fixed else (id(tensor),)
+
+
+def storage(tensor: Tensor) -> int:
+    """Which memory a strided tensor lies in."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def fake_result(node: Node, mode: FakeTensorMode) -> Any:
     """What `node` returns, as fake tensors; scans are answered from their body's outputs."""
     if node.op == "get_attr":
@@ -169,12 +231,14 @@ def fake_result(node: Node, mode: FakeTensorMode) -> Any:
 
 def _as_it_lies(node: Node, result: Any) -> Any:
     """The result of `node`; a loop's results are stacked as the permute that reads them says."""
-    if not is_op(node, aten.permute.default):
-        return result
-    source = cast(Node, node.args[0])
-    if source.target is not operator.getitem or not has_body(source.args[0]):
-        return result
-    return result.new_empty(result.shape) if stacked_as(source)[0] is node else result
+    return result.new_empty(result.shape) if _stacks(node) else result
+
+
+def _stacks(node: Node) -> bool:
+    """Whether `node` is a permute that says how a loop stacks its results."""
+    source = node.args[0] if is_op(node, aten.permute.default) else None
+    return isinstance(source, Node) and source.target is operator.getitem \
+        and has_body(source.args[0]) and stacked_as(source)[0] is node
 
 
 def scan_result(node: Node, mode: FakeTensorMode) -> tuple[Tensor, ...]:

@@ -8,9 +8,7 @@ there is none, all steps of an affine recurrence run at once, and others in a pl
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from .affine_step import at_once
 from .backward import backward_of
+from .compiled import compiled
 from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import Lie, kernel_for, plan, step_sizes
@@ -25,24 +24,11 @@ from .pointwise import Unsupported
 from .step import step_function
 from .walk import backward, keep, result_sizes
 
-log = logging.getLogger(__name__)
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclasses, which may have a say
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32, rounded once
 KINDS = {("cpu", dtype) for dtype in DTYPES}  # of all tensors of a call
-
-
-@lru_cache(maxsize=256)
-def _library(source: str) -> Any:
-    """The built kernel, or None with a note in the log where there is none."""
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        return CppCodeCache.load(source)
-    except Exception as error:  # no compiler, or one that fails
-        log.warning("no fused loops here, plain ones run: %s", str(error).partition("\n")[0])
-        return None
 
 
 def is_built(
@@ -60,7 +46,7 @@ def is_built(
     back = backward_of(step, sizes, counts, (True,) * len(sizes))
     inner = held + len(back.sums), len(back.slices), len(back.invariants)
     kernel_for(back.step, tuple(Lie(size, contiguous(size)) for size in back.sizes), inner)
-    return _library(chosen.source) is not None
+    return compiled(chosen.source) is not None
 
 
 def fused_scan(
@@ -131,7 +117,7 @@ def _by_kernel(
         return None
     shapes = tuple((t.shape, t.stride()) for t in given)
     found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
-    library = found and _library(found.source)
+    library = found and compiled(found.source)
     if found is None or library is None:
         return None
     numbers, made, _alive = found.packed(given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,25 +19,30 @@ def relative(want: Tensor, got: Tensor, scale: float = 0.0) -> float:
     are left out. `scale` is given for a tensor of rounding noise alone, such as the gradient
     of a key's bias under a softmax, whose own size means nothing.
     """
-    if want.numel() == 0:
+    if want.numel() == 0 or (want.dtype == got.dtype and torch.equal(want, got)):
         return 0.0
     wide = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
     one, other = want.to(wide), got.to(wide)
-    finite = torch.isfinite(one) & torch.isfinite(other)
-    if bool((torch.isfinite(one) & ~torch.isfinite(other)).any()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    gap = float((one[finite] - other[finite]).abs().max())
-    own = float(torch.maximum(one[finite].abs().max(), other[finite].abs().max()))
+    if not math.isfinite(largest(one) + largest(other)):
+        finite = torch.isfinite(one)
+        if bool((finite & ~torch.isfinite(other)).any()):
+            return float("inf")
+        one, other = (t[finite & torch.isfinite(other)] for t in (one, other))
+    gap, own = largest(one - other), max(largest(one), largest(other))
     return 0.0 if gap == 0.0 else gap / max(own, scale, torch.finfo(torch.float64).tiny)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude, 0 if there is none; NaN or infinite where one value is."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def same_bits(want: Tensor, got: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, any NaN like any other."""
-    one, other = want.nan_to_num(), got.nan_to_num()
+    if not torch.equal(want, got):
+        want, got = want.nan_to_num(), got.nan_to_num()
     signs = not want.is_floating_point() or torch.equal(want.signbit(), got.signbit())
-    return signs and torch.equal(one, other)
+    return signs and torch.equal(want, got)
 
 
 def scales(observation: Observation) -> dict[str, float]:
@@ -43,13 +50,11 @@ def scales(observation: Observation) -> dict[str, float]:
 
     The kinds are outputs, gradients, and state after the call.
     """
-    largest: dict[str, float] = {}
+    most: dict[str, float] = {}
     for name, size in sizes(observation).items():
-        largest[kind(name)] = max(largest.get(kind(name), 0.0), size)
-    return {
-        name: SMALL[kind(name) == "gradient"] * largest.get(kind(name), 0.0)
-        for name in observation.values
-    }
+        most[kind(name)] = max(most.get(kind(name), 0.0), size)
+    return {name: SMALL[kind(name) == "gradient"] * most.get(kind(name), 0.0)
+            for name in observation.values}
 
 
 def sizes(observation: Observation) -> dict[str, float]:
@@ -57,8 +62,9 @@ def sizes(observation: Observation) -> dict[str, float]:
     found = {}
     for name, tensor in observation.values.items():
         inexact = tensor.is_floating_point() or tensor.is_complex()
-        finite = tensor[torch.isfinite(tensor)] if inexact else tensor.flatten()[:0]
-        found[name] = float(finite.abs().max()) if finite.numel() else 0.0
+        found[name] = largest(tensor) if inexact else 0.0
+        if not math.isfinite(found[name]):
+            found[name] = largest(tensor[torch.isfinite(tensor)])
     return found
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .builder import Builder, exact_result, fake_result, placeholders
+from .builder import Builder, note_computed, placeholders, refresh
 from .cells import CELLS
 from .facts import (
     READS,
@@ -26,7 +26,6 @@ from .facts import (
     WASTED,
     WRITES,
     aten,
-    has_body,
     is_op,
     is_pure,
     is_random,
@@ -49,6 +48,8 @@ class UnsupportedRegion(Exception):
 
 def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeTensorMode) -> None:
     """Bring a freshly traced graph into normal form, in place."""
+    for node in graph_module.graph.nodes:
+        note_computed(node)
     name_inputs(graph_module, state_names)
     detach_regions(graph_module, mode)
     mark_wasted(graph_module)
@@ -452,7 +453,7 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
 
 
 def propagate(graph_module: GraphModule, mode: FakeTensorMode, exact: bool = False) -> None:
-    """Recompute every fake result from the placeholders on, so that strides are true.
+    """Make every fake result true again, from the placeholders on; strides may have changed.
 
     The results of loops count as contiguous, unless `exact`. An operation that refuses its
     inputs' strides gets contiguous ones.
@@ -460,11 +461,8 @@ def propagate(graph_module: GraphModule, mode: FakeTensorMode, exact: bool = Fal
     for node in list(outside_regions(graph_module.graph.nodes)):
         if node.op != "call_function":
             continue
-        if exact and has_body(node):
-            node.meta["val"] = exact_result(node, value, mode)
-            continue
         try:
-            node.meta["val"] = fake_result(node, mode)
+            refresh(node, mode, exact)
         except RuntimeError:
             if is_random(node):
                 raise
@@ -472,4 +470,4 @@ def propagate(graph_module: GraphModule, mode: FakeTensorMode, exact: bool = Fal
             for source in node.all_input_nodes:
                 if is_tensor(source) and not value(source).is_contiguous():
                     node.replace_input_with(source, build.call(aten.contiguous.default, source))
-            node.meta["val"] = fake_result(node, mode)
+            refresh(node, mode, exact)

@@ -167,6 +167,7 @@ def compare(seed: int, kernel: bool = True) -> str:
     """Values and gradients of one random step, in float64, by a `kernel`, and without one, where
     affine recurrences, which most backwards are, run at once; "ok", or why there is no kernel."""
     from looplift.optimizer import fused
+    from looplift.optimizer.compiled import compiled
     from looplift.optimizer.loop import plain_loop
     from looplift.optimizer.pointwise import Unsupported
     from looplift.optimizer.step import step_function
@@ -208,9 +209,9 @@ def compare(seed: int, kernel: bool = True) -> str:
                 for a, g in zip(arguments, made, strict=True)]
 
     grads = gradients(want)
-    ways = (fused._library, fused.pays), (lambda source: None, lambda *_: True)
+    ways = (compiled, fused.pays), (lambda source: None, lambda *_: True)
     for library, pays in ways if kernel else ways[1:]:
-        with mock.patch.object(fused, "_library", library), mock.patch.object(fused, "pays", pays):
+        with mock.patch.object(fused, "compiled", library), mock.patch.object(fused, "pays", pays):
             got = fused.fused_scan(step.source, carries, slices, invariants, axes, reverse)
             torch.testing.assert_close(list(got), want, rtol=1e-8, atol=1e-9)
             torch.testing.assert_close(gradients(got), grads, rtol=1e-7, atol=1e-8)

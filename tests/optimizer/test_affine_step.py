@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from looplift.optimizer import fused
 from looplift.optimizer.affine_step import AtOnce, at_once
+from looplift.optimizer.compiled import compiled
 from looplift.optimizer.fused import fused_scan
 from looplift.optimizer.loop import plain_loop
 from looplift.optimizer.pointwise import Unsupported
@@ -165,7 +166,7 @@ def test_a_loop_runs_where_numbers_are_not_finite() -> None:
         found = at_once(step, (ROW, ROW, ROW), (1, 1, 1))
         assert isinstance(found, AtOnce)
         assert found.run([start], [slices], [a], False) is None
-        with mock.patch.object(fused, "_library", return_value=None):
+        with mock.patch.object(fused, "compiled", return_value=None):
             made = fused_scan(step, [start], [slices], [a], [0], False)
         assert_close(made, looped(step, [start], [slices], [a], False), equal_nan=True,
                      rtol=0, atol=0)
@@ -176,7 +177,7 @@ def test_under_a_dispatch_mode() -> None:
     """Such a mode switches vmap off within an operator's call."""
     step = stepped("n = torch.sigmoid(a) * h + torch.tanh(x); return [n, n * x]", 1)
     tensors = [torch.zeros(3)], [torch.randn(200, 3)], [torch.rand(3)]
-    with mock.patch.object(fused, "_library", return_value=None), \
+    with mock.patch.object(fused, "compiled", return_value=None), \
             mock.patch.object(fused, "_plain", side_effect=AssertionError("a loop ran")):
         want = fused_scan(step, *tensors, [0], False)
         with FlopCounterMode(display=False):
@@ -189,7 +190,7 @@ def test_constants_of_a_backward_are_of_the_dtype_that_it_runs_in(dtype: torch.d
     step = ("def step(h, x):\n    n = 0.5 * h + x.narrow(0, 1, 2)\n"
             "    return [n, x.narrow(0, 0, 2) + n]\n")
     h, x = torch.zeros(2, dtype=dtype), torch.randn(200, 3, dtype=dtype, requires_grad=True)
-    with mock.patch.object(fused, "_library", return_value=None):
+    with mock.patch.object(fused, "compiled", return_value=None):
         [got] = torch.autograd.grad(fused_scan(step, [h], [x], [], [0])[1].sum(), [x])
     [want] = torch.autograd.grad(looped(step, [h], [x], [], False)[1].sum(), [x])
     assert_close(got, want)
@@ -240,8 +241,8 @@ def compared(step: str, starts: list[Tensor], slices: list[Tensor]) -> None:
 
     dtype = slices[0].dtype
     wide, theirs = errors(loop, torch.float64), errors(loop, dtype)
-    for found in (fused._library, lambda source: None):
-        with mock.patch.object(fused, "_library", found):
+    for found in (compiled, lambda source: None):
+        with mock.patch.object(fused, "compiled", found):
             ours = errors(operator, dtype)
         for want, *both in zip(wide, theirs, ours, strict=True):
             before, after = ((want - t).abs().max() for t in both)

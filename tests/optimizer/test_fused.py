@@ -359,7 +359,7 @@ def test_values_that_no_cache_holds() -> None:
 
 
 def test_without_a_compiler_the_plain_loop_runs() -> None:
-    with mock.patch.object(fused, "_library", return_value=None):
+    with mock.patch.object(fused, "compiled", return_value=None):
         slices = [random(7, 3, 5, grad=True) for _ in range(2)]
         same(GATED, [random(3, 5, grad=True)], slices, [random(5, grad=True)], 1, reverse=True)
 

@@ -130,7 +130,7 @@ def test_running_sums_are_computed_at_once(forward: Forward) -> None:
 
 @pytest.fixture
 def no_compiler() -> Iterator[None]:
-    with mock.patch.object(fused, "_library", return_value=None):
+    with mock.patch.object(fused, "compiled", return_value=None):
         yield
 
 
