@@ -24,7 +24,17 @@ from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, behind, shape
 from .pointwise import SAME, constant
-from .step import Counts, Sizes, aside, functional_graph, halves, placed, step_function, traced
+from .step import (
+    AnyDtype,
+    Counts,
+    Sizes,
+    aside,
+    functional_graph,
+    halves,
+    placed,
+    step_function,
+    traced,
+)
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
@@ -123,7 +133,7 @@ def _joint(
                 for k, g in zip(to, found, strict=True) if k in present]
 
     like = [*sizes[:held], *sizes[: held + read], *made[held:], *sizes[held + read :]]
-    with torch.enable_grad():
+    with torch.enable_grad(), AnyDtype():
         graph_module = make_fx(backward)(*halves(like))
     graph_module = functional_graph(graph_module, like)  # gradients' formulas write in place
     _simplify(graph_module.graph)

@@ -16,16 +16,20 @@ SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_co
 TEMPLATES = {
     **{name: f"{{0}}.{name}()" for name in (
         "exp", "log", "sqrt", "rsqrt", "reciprocal", "tanh", "neg", "abs", "sin", "cos", "erf",
-        "expm1", "log1p", "floor", "ceil")},
+        "expm1", "log1p", "floor", "ceil", "trunc", "round", "tan", "sinh", "cosh", "asin", "acos",
+        "atan", "erfc", "exp2", "log2", "log10")},
+    **{name: f"{{0}}.{name}({{1}})" for name in ("atan2", "fmod", "hypot")},
     "mul": "{0} * {1}", "div": "{0} / {1}", "add": "{0} + {alpha} * {1}",
     "sub": "{0} - {alpha} * {1}", "rsub": "{1} - {alpha} * {0}",
-    "maximum": "at::vec::maximum({0}, {1})", "minimum": "at::vec::minimum({0}, {1})",
+    **dict.fromkeys(("maximum", "clamp_min"), "at::vec::maximum({0}, {1})"),
+    **dict.fromkeys(("minimum", "clamp_max"), "at::vec::minimum({0}, {1})"),
     "sigmoid": "(V(S(1)) + {0}.neg().exp()).reciprocal()",
     "relu": "at::vec::maximum({0}, V(S(0)))",
     "sign": "V::blendv(V::blendv(V(S(0)), V(S(-1)), {0} < V(S(0))), V(S(1)), {0} > V(S(0)))",
 }
 COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
-JUNCTIONS = {"logical_and": "&", "bitwise_and": "&", "logical_or": "|", "bitwise_or": "|"}
+JUNCTIONS = {"logical_and": "&", "bitwise_and": "&", "mul": "&", "logical_or": "|",
+             "bitwise_or": "|"}
 POWERS = {2.0: "{0} * {0}", 1.0: "{0}", 3.0: "{0} * {0} * {0}", 0.5: "{0}.sqrt()",
           -1.0: "{0}.reciprocal()"}
 CONSTANTS = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}  # where the number is
@@ -62,7 +66,7 @@ def number(leaf: Any) -> str:
 def constant(node: Node) -> Any:
     """The number that fills a value, or None."""
     name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
-    if name in ("zeros", "new_zeros", "zeros_like"):
+    if name in ("zeros", "new_zeros", "zeros_like", "empty_permuted"):  # or anything
         return 0
     if name in ("ones", "new_ones", "ones_like"):
         return 1
@@ -92,17 +96,19 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
         return f"({plain(args[0])} {JUNCTIONS[name]} {plain(args[1])})"
     if name in ("logical_not", "bitwise_not") and masks[0]:
         return f"(V::blendv(V(S(1)), V(S(0)), {plain(args[0])}) == V(S(1)))"
+    if name == "isnan":
+        return f"({value(args[0])} != {value(args[0])})"
     if is_mask(node):
         raise no_rule(node.target)
     if name == "masked_fill":
         return f"V::blendv({value(args[0])}, {plain(args[2])}, {plain(args[1])})"
     if name == "where" and masks[0]:
         return f"V::blendv({value(args[2])}, {value(args[1])}, {plain(args[0])})"
-    if name == "clamp" and not any(isinstance(leaf, Node) for leaf in args[1:]):
+    if name == "clamp" and not node.kwargs:
         text = value(args[0])
         for bound, function in zip([*args[1:], None, None], ("maximum", "minimum"), strict=False):
             if bound is not None:
-                text = f"at::vec::{function}({text}, {number(bound)})"
+                text = f"at::vec::{function}({text}, {value(bound)})"
         return text
     if name == "pow" and isinstance(args[1], (int, float)):
         known = POWERS.get(float(args[1]))

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from textwrap import dedent
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from .facts import aten
+from .pointwise import Unsupported
 
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
     "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched",
@@ -78,12 +80,72 @@ def _addcmul(c: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
     return c + (a if value == 1 else value * a) * b
 
 
+def _addcdiv(c: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return c + (a if value == 1 else value * a) / b
+
+
+def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    small = torch.exp(-x.abs())
+    return x.clamp(max=0) - torch.log1p(small), small
+
+
+def _log_sigmoid_backward(grad: Tensor, x: Tensor, small: Tensor) -> Tensor:
+    negative = (x < 0).to(x)
+    return grad * (negative - (2 * negative - 1) * (small / (small + 1)))
+
+
+def _norm(
+    x: Tensor, order: Any = 2, axes: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    axes = [axes] if isinstance(axes, int) else axes or list(range(x.dim()))
+    if dtype is not None or order not in (1, 2, math.inf):
+        return NotImplemented
+    if order == math.inf:
+        return x.abs().amax(axes, keepdim)
+    return x.abs().sum(axes, keepdim) if order == 1 else (x * x).sum(axes, keepdim).sqrt()
+
+
+def _pad(x: Tensor, sizes: Sequence[int], number: Any = 0) -> Tensor:
+    for axis, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), start=1):
+        x = x.narrow(-axis, max(-before, 0), x.shape[-axis] - max(-before, 0) - max(-after, 0))
+
+        def filled(count: int, x: Tensor = x, axis: int = axis) -> list[Tensor]:
+            place = x.dim() - axis
+            sizes = [*x.shape[:place], count, *x.shape[place + 1 :]]
+            return [x.new_full(sizes, number)] if count > 0 else []
+
+        x = torch.cat([*filled(before), x, *filled(after)], -axis)
+    return x
+
+
+def _roll(x: Tensor, shifts: Sequence[int], axes: Sequence[int] = ()) -> Tensor:
+    if not axes:
+        return _roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, axis in zip(shifts, axes, strict=True):
+        kept = -shift % x.shape[axis]
+        if kept:
+            first, last = torch.tensor_split(x, [kept], axis)
+            x = torch.cat([last, first], axis)
+    return x
+
+
+def _repeat(x: Tensor, times: Sequence[int]) -> Any:
+    x = x.reshape([*[1] * (len(times) - x.dim()), *x.shape])
+    for axis, count in enumerate(times):
+        x = torch.cat([x] * count, axis) if count > 1 else x
+    return x if 0 not in times else NotImplemented
+
+
 KEPT = (aten.slice_scatter.default, aten.select_scatter.default)  # which the kernel has rules for
 RULES = {
     **core_aten_decompositions(), **get_decompositions(COMPOSED),
     aten.mean.dim: _mean, aten.mean.default: _mean, aten.addmm.default: _addmm,
     aten.addcmul.default: _addcmul, aten.var.correction: _var, aten._softmax.default: _softmax,
     aten._log_softmax.default: _log_softmax, aten.native_layer_norm.default: _layer_norm,
+    aten.addcdiv.default: _addcdiv,
+    aten.log_sigmoid_forward.default: _log_sigmoid, aten.roll.default: _roll,
+    aten.log_sigmoid_backward.default: _log_sigmoid_backward, aten.repeat.default: _repeat,
+    aten.linalg_vector_norm.default: _norm, aten.constant_pad_nd.default: _pad,
 }
 for kept in KEPT:
     RULES.pop(kept, None)
@@ -132,14 +194,40 @@ def over_steps(function: Callable[..., Any], moves: Sequence[bool], args: Sequen
         return torch.vmap(function, in_dims=tuple(0 if m else None for m in moves))(*args)
 
 
+class AnyDtype(TorchFunctionMode):
+    """Takes apart what would be traced with a number that depends on the dtype of the trace."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.rms_norm, torch.nn.functional.rms_norm):
+            return _rms_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _rms_norm(
+    x: Tensor, sizes: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    if eps is None:
+        raise Unsupported("the loop computes rms_norm with an eps that its dtype gives")
+    made = x * torch.rsqrt(_mean(x * x, list(range(-len(sizes), 0)), True) + eps)
+    return made if weight is None else made * weight
+
+
 def functional_graph(
     function: Callable[..., Any], sizes: Sequence[Sizes], kept: Sequence[OpOverload] = ()
 ) -> GraphModule:
     """A function of tensors of `sizes` in core operations and `kept` ones, none of which writes
     in place."""
     rules = {target: rule for target, rule in RULES.items() if target not in kept}
-    function = torch.func.functionalize(function)
-    made = make_fx(function, decomposition_table=rules)(*halves(sizes))
+    try:
+        with AnyDtype():
+            made = make_fx(torch.func.functionalize(function), decomposition_table=rules)(
+                *halves(sizes))
+    except RuntimeError as error:
+        if not isinstance(error, getattr(torch.linalg, "LinAlgError")):  # noqa: B009
+            raise
+        raise Unsupported("the loop factorizes matrices or solves linear systems") from error
     reshaped(made)
     return made
 
@@ -149,9 +237,20 @@ def halves(sizes: Sequence[Sizes]) -> list[Tensor]:
     return [torch.full(size, 0.5, dtype=torch.float32, device="cpu") for size in sizes]
 
 
+def _writes_to_its_own(node: Node) -> bool:
+    """Whether an operation writes to a result that nobody else reads."""
+    target, given = node.target, node.args[0] if node.args else None
+    return isinstance(target, OpOverload) and target._schema.name.endswith("_") \
+        and isinstance(given, Node) and len(given.users) == 1 and given.op == "call_function" \
+        and not any(r.alias_info for r in cast(OpOverload, given.target)._schema.returns)
+
+
 def reshaped(graph_module: GraphModule) -> None:
     """Let views be copies, whatever strides arguments have; without what nobody uses."""
     for node in graph_module.graph.nodes:
         node.target = RENAMED.get(node.target, node.target)
+        if _writes_to_its_own(node):  # as what PyTorch composes does
+            name = node.target._schema.name.removeprefix("aten::").removesuffix("_")
+            node.target = getattr(getattr(aten, name), node.target._overloadname)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()

@@ -34,6 +34,21 @@ OPERATIONS = [
     "(h > 0.1).to(h) * h", "torch.addcmul(h, h, x, value=0.5)", "torch.add(h, x, alpha=2)",
     "torch.sub(h, x, alpha=2)", "torch.rsub(h, x)", "torch.lerp(h, x, 0.3)",
     "h + torch.zeros_like(h) + torch.ones_like(h) + torch.full_like(h, 2.0)",
+    "torch.trunc(h) + torch.round(h) + h", "torch.tan(h * 0.3)", "torch.sinh(h) - torch.cosh(h)",
+    "torch.asin(torch.tanh(h) * 0.5) + torch.acos(torch.tanh(h) * 0.5)", "torch.atan(h)",
+    "torch.erfc(h)", "torch.exp2(h)", "torch.log2(h.abs() + 1) + torch.log10(h.abs() + 1)",
+    "torch.atan2(h, x)", "torch.fmod(h, 0.7)", "torch.hypot(h, x)", "torch.nan_to_num(h)",
+    "torch.nn.functional.logsigmoid(h)", "torch.addcdiv(h, x, x.abs() + 1, value=0.5)",
+]
+SHAPED = [
+    "h / h.norm(dim=-1, keepdim=True)", "torch.nn.functional.normalize(h, dim=-1) + h.norm()",
+    "h * h.norm(p=1, dim=0) + h.norm(p=float('inf'), dim=1, keepdim=True)",
+    "torch.nn.functional.cosine_similarity(h, x, dim=-1)[:, None] * h",
+    "torch.nn.functional.pad(h, (1, 0))[:, :-1]",
+    "torch.nn.functional.pad(h, (-1, 2), value=2.0)[:, 1:]",
+    "torch.nn.functional.pad(h, (1, -1, 2, 0)).sum(0) * h[:1, :1]", "h.roll(1, -1)",
+    "h.roll((1, -2), (0, 1))", "h.roll(2)", "h.repeat(1, 2)[:, 2:7]", "h.repeat(2, 1, 1).sum(0)",
+    "torch.rms_norm(h, (5,), eps=1e-5) + torch.nn.functional.rms_norm(h, (5,), x[0], 1e-3)",
 ]
 
 
@@ -107,6 +122,14 @@ def test_all_operations_in_one_step() -> None:
     step = "\n".join([f"def step({', '.join(names)}, x):", *lines,
                       f"    return [{', '.join(f'0.5 * n{k}' for k in range(count))}]"])
     same(step, [random(37, grad=True) for _ in names], [random(3, 37, grad=True)], [], 0)
+
+
+@pytest.mark.parametrize("expression", SHAPED)
+def test_operations_on_axes(expression: str) -> None:
+    step = f"def step(h, x):\n    h = 0.5 * ({expression}) + x\n    return [h, h]\n"
+    slices = [random(6, 3, 5, grad=True)]
+    assert is_built(step, [random(3, 5)], slices, [])
+    same(step, [random(3, 5, grad=True)], slices, [], 1)
 
 
 GRU = """
@@ -300,7 +323,8 @@ def test_nan_and_infinities_go_where_they_go_in_the_loop(number: float) -> None:
 
 @pytest.mark.parametrize("expression", [
     "torch.nn.functional.softplus(x * h)", "torch.log1p(x.exp())", "torch.nn.functional.gelu(x)",
-    "torch.sigmoid(x * x)", "torch.softmax(x + h, 0)", "(x + h).amax(0)"])
+    "torch.nn.functional.logsigmoid(x)", "torch.sigmoid(x * x)", "torch.softmax(x + h, 0)",
+    "(x + h).amax(0)"])
 def test_gradients_are_finite_where_the_loop_has_finite_ones(expression: str) -> None:
     """The formulas of the operations' gradients, not of what they are composed of: the exponential
     in softplus overflows."""
@@ -343,7 +367,9 @@ def test_it_is_a_proper_operator() -> None:
 
 
 @pytest.mark.parametrize(("expression", "reason"), [
-    ("h.atan2(x)", "has no rule for"), ("torch.cumsum(h, 0)", "has no rule for"),
+    ("torch.special.gammaln(h)", "has no rule for"),
+    ("torch.rms_norm(h, (4,))", "an eps that its dtype gives"),
+    ("torch.cumsum(h, 0)", "has no rule for"),
     ("h.long().to(h)", "torch.int64 numbers"), ("h + torch.rand_like(h)", "has no rule for"),
     ("h.sort()[0]", "has no rule for"), ("h[torch.tensor([2, 1, 0, 0])]", "has no rule for"),
 ])
@@ -382,3 +408,11 @@ def test_the_kernel_is_built_once() -> None:
             is_built(GATED.replace("* 2", "* 2.25"), [random(3)], [random(4, 3), random(4, 3)],
                      [random(3)])
     assert load.call_count == 1
+
+
+def test_systems_have_no_kernel_whatever_numbers_a_step_is_traced_with() -> None:
+    step = "def step(h, x):\n    return [torch.linalg.solve(h, x)]\n"
+    with pytest.raises(Unsupported, match="factorizes matrices or solves linear systems"):
+        is_built(step, [random(3, 3)], [random(4, 3, 3)], [])
+    start, slices = [torch.eye(3, dtype=torch.float64)], [random(4, 3, 3)]
+    assert_close(fused_scan(step, start, slices, [], []), list(plain(step, start, slices, [])))

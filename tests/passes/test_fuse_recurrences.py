@@ -207,7 +207,7 @@ def counts(m: Any, x: Tensor) -> Tensor:
 def remainder(m: Any, x: Tensor) -> Tensor:
     h = x[:, 0]
     for t in range(x.shape[1]):
-        h = torch.atan2(h, x[:, t])
+        h = torch.remainder(h, x[:, t])
     return h
 
 
@@ -263,7 +263,7 @@ def test_what_the_scan_reads(forward: Forward) -> None:
     (sorts, "the loop computes sort, which the kernel has no rule for"),
     (several_dtypes, "its values are not all of one floating dtype on one device"),
     (counts, "its values are not all of one floating dtype on one device"),
-    (remainder, "the loop computes atan2, which the kernel has no rule for"),
+    (remainder, "the loop computes remainder, which the kernel has no rule for"),
     (quotient, "the loop divides by complex numbers"),
     (complex_root, "the loop computes sqrt of complex numbers"),
 ])
