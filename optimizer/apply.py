@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, output_node, placeholders, storage
-from .facts import SUPERSEDED, aten, is_tensor, is_view, source_line, value
+from .facts import SUPERSEDED, aten, is_kernel, is_tensor, is_view, source_line, value
 from .normal_form import merge_equal, propagate, remove_dead, simplify, sink_reads
+from .packing import step_sizes
 from .rewrite import Rewrite
+from .walk import shown
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +161,31 @@ def restore(
         owners.setdefault(storage(value(leaves[position])), position)
     end.args = (leaves,)
     graph_module.recompile()
+
+
+def outputs_apart(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """Let outputs be copies of what a fused loop's backward reads: a caller may write to them."""
+    roots = dict.fromkeys(_root(leaf) for leaf in results(graph_module) if is_tensor(leaf))
+    for root in roots:
+        if root.target is operator.getitem and is_kernel(root.args[0]) and _is_read_back(root):
+            build = Builder(graph_module, root.next, mode, {"rewritten_by": "contract"})
+            copied = build.call(aten.clone.default, root)
+            root.replace_all_uses_with(copied, partial(operator.is_not, copied))
+
+
+def _is_read_back(result: Node) -> bool:
+    """Whether the backward of a fused scan reads a result of it."""
+    step, carries, slices, invariants = cast(Any, cast(Node, result.args[0]).args[:4])
+    sizes = step_sizes(*([value(n) for n in nodes] for nodes in (carries, slices, invariants)))
+    held, number = len(carries), cast(int, result.args[1])
+    return number - held in {output for output, _ in shown(step, sizes, held).values()}
+
+
+def _root(node: Node) -> Node:
+    """What a view is a view of."""
+    while is_view(node):
+        node = cast(Node, node.args[0])
+    return node
 
 
 def _viewed_again(build: Builder, original: Node, inputs: dict[Node, Node]) -> Node:

@@ -159,9 +159,11 @@ class _Assembly:
         if isinstance(items[0], Node):
             held = self.build.call(aten.stack.default, list(items))
             return self._head("slice", held, value(items[0]), key)
-        # Python floats are doubles, and as 0-d tensors they promote nothing either
+        # Python floats are doubles, and as 0-d tensors promote none but tensors of integers
         floating = any(isinstance(i, float) for i in items)
-        dtype = torch.float64 if floating else torch.int64
+        integers = all(_is_integral(value(n)) for n in node.all_input_nodes if is_tensor(n))
+        dtype = (torch.get_default_dtype() if integers else torch.float64) if floating \
+            else torch.int64
         held = self.build.table(items, value(node).device, dtype)
         return self._head("slice", held, value(held)[0], key)
 
@@ -284,3 +286,7 @@ def add_windows(build: Builder, start: Node, stacked: Node, write: Write) -> Nod
         now = build.call(aten.add.Tensor, build.slice(start, axis, begin, end), piece)
         start = build.call(aten.slice_scatter.default, start, now, axis, begin, end, 1)
     return start
+
+
+def _is_integral(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())

@@ -8,6 +8,8 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 from __future__ import annotations
 
 import contextlib
+import pickle
+import random
 import sys
 import threading
 import traceback
@@ -197,9 +199,10 @@ def capture(
     places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))
     trace = _Trace(model, flat, spec, places, state)
     fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
+    drawn = random.getstate(), numpy_state()
     with TRACING, mock.patch.object(
         torch.autograd.Function, "apply", classmethod(_by_operator)
-    ), mock.patch.object(
+    ), mock.patch.object(Tensor, "register_hook", _refuse_hook), mock.patch.object(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
     ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
         FunctionalTensor, "tolist", as_lists
@@ -213,7 +216,15 @@ def capture(
             raise
         except Exception as error:
             raise _explained(error) from error
+    held = [getattr(graph_module, str(n.target))
+            for n in graph_module.graph.find_nodes(op="get_attr")]
+    if not all(isinstance(h, (Tensor, nn.Module)) for h in held):
+        raise CaptureError("forward hands an object to an operation, such as a torch.Generator, "
+                           "which has no place in a graph")
     assert trace.output_spec is not None
+    if (random.getstate(), numpy_state()) != drawn:
+        raise CaptureError("forward draws random numbers from Python or NumPy, which would be "
+                           "constants of a graph; draw them with torch")
     _refuse_writes(trace)
     seen = tuple(visible(graph_module))
     try:
@@ -226,6 +237,17 @@ def capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
         trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
     )
+
+
+def numpy_state() -> Any:
+    """The state of NumPy's generator, where somebody has imported it."""
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else pickle.dumps(numpy.random.get_state())
+
+
+def _refuse_hook(tensor: Tensor, hook: Any) -> Any:
+    raise CaptureError("forward registers a hook on a tensor, which a graph can't keep",
+                       user_frames(traceback.extract_stack()))
 
 
 def _refuse_layouts(graph_module: GraphModule) -> None:
@@ -288,8 +310,12 @@ class _Trace:
         for place, leaf in zip(self.places, wrapped[held:], strict=True):
             leaves[place] = leaf
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        given = pytree.tree_leaves((args, kwargs))
         with swapped(self.model, tensors), ConstantAnswers():
             result = self.model(*args, **kwargs)
+        left = pytree.tree_leaves((args, kwargs))
+        if len(left) != len(given) or any(a is not b for a, b in zip(left, given, strict=True)):
+            raise CaptureError(f"forward changes a list or table among its arguments, {EFFECT}")
         outputs, self.output_spec = flat_outputs(result)
         self.outputs = len(outputs)
         for leaf in outputs:
@@ -335,7 +361,8 @@ def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     modules = list(underlying(model).modules())
     before = Contents(modules)
     try:
-        run_on_copies(model, args, kwargs, restore=False)
+        with mock.patch.object(Tensor, "register_hook", _refuse_hook):
+            run_on_copies(model, args, kwargs, restore=False)
         if before.changed() is not None:
             filled = Contents(modules)
             grads = any(t.requires_grad for t in before.new_tensors())
@@ -344,7 +371,7 @@ def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
                 before.put_back()
     except Exception as error:
         before.put_back()
-        raise _explained(error) from error
+        raise error if isinstance(error, CaptureError) else _explained(error) from error
 
 
 def _fakes(mode: FakeTensorMode, leaves: Sequence[Any]) -> list[Any]:
@@ -401,6 +428,8 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
                 f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
                 "inside (`.module`) and wrap the result"
             )
+        if has_global_hooks():
+            raise CaptureError("hooks for all modules are registered, which a graph can't keep")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
         if module._forward_hooks or module._forward_pre_hooks:
@@ -408,6 +437,11 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
                 f"the module{where} has forward hooks, whose effects a graph would not repeat; "
                 "remove them, or optimize the modules inside"
             )
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody has registered hooks that run in every module."""
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:

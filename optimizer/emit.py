@@ -26,6 +26,7 @@ from .facts import (
     body_of,
     bytes_of,
     has_body,
+    is_kernel,
     is_op,
     is_tensor,
     is_view,
@@ -149,7 +150,7 @@ class _Source:
                 self.dead += last.get(node, [])
                 if has_body(node):
                     self._loop(node, indent)
-                elif _is_kernel(node):
+                elif is_kernel(node):
                     self._kernel(node, indent)
                 elif not _from_loop(node) and not _is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
@@ -330,12 +331,6 @@ def _attribute(graph_module: GraphModule, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
-
-
-def _is_kernel(node: Node) -> bool:
-    """Whether `node` is a fused scan; by name, since its operator may not be registered."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.name == "looplift::fused_scan")
 
 
 def _from_loop(node: Node) -> bool:

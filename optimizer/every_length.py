@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .family import Family
 from .formula import Lengths, Samples
 from .general import NotOneProgram, general
-from .measure import call
+from .measure import buffers_kept, call
 from .rewritten import Rewritten
 from .select import LITTLE, Options, Selection, again, select
 from .verdict import Differs, Equal
@@ -96,9 +96,10 @@ def measuring_lengths(
                   for first, step, most in zip(firsts, steps, mosts, strict=True))
     args, kwargs = pytree.tree_unflatten(found.resized(leaves, short), spec)
     run = call(model, args, kwargs, training=True)
-    run()
-    start = time.perf_counter()
-    run()
+    with buffers_kept(model):
+        run()
+        start = time.perf_counter()
+        run()
     more = min(max(1.0, QUICK / (time.perf_counter() - start)), MOST) ** (1 / len(short))
     chosen = tuple(
         min(most, first + int((length * more - first) // step) * step)

@@ -149,6 +149,13 @@ def is_pure(node: Node) -> bool:
     return not node.is_impure()
 
 
+def is_kernel(node: object) -> bool:
+    """Whether `node` is a fused scan; by name, since its operator may not be registered."""
+    target = node.target if isinstance(node, Node) else None
+    return isinstance(target, torch._ops.OpOverload) \
+        and target._schema.name == "looplift::fused_scan"
+
+
 def is_view(node: Node) -> bool:
     """Whether `node` only looks at its first argument's storage in another way."""
     target = node.target

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .affine_step import at_once
 from .backward import backward_of
@@ -66,8 +67,9 @@ def fused_scan(
             [3., 3.]])
     """
     given = (*carries, *slices, *invariants)
+    if not torch.compiler.is_compiling() and _transformed():
+        return _plain(step, carries, slices, invariants, axes, reverse)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() \
-            or torch._C._functorch.peek_interpreter_stack() is not None \
             or any(type(t) not in PLAIN or t.is_meta for t in given):
         made: list[Tensor] = scan_operator(step, carries, slices, invariants, axes, reverse)
         return made
@@ -76,6 +78,13 @@ def fused_scan(
         apply: Any = _Direct.apply
         return list(apply((step, counts, axes, reverse), *given))
     return _operate(step, carries, slices, invariants, axes, reverse)
+
+
+def _transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, has a say: the plain
+    loop has rules for all of them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None \
+        or forward_ad._current_level >= 0
 
 
 def _operate(
@@ -157,6 +166,14 @@ def _at_once(
                                      zip(made[held:], axes, strict=True))]
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor, of the same memory, that is no view: a caller may write to it."""
+    if not tensor._is_view():
+        return tensor
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), *place)
+
+
 def _plain(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
     axes: Sequence[int], reverse: bool,
@@ -184,11 +201,14 @@ def _(
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     # gradients of gradients, and traces, go through the operator
-    given = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
+    saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    given = [t for t in (*saved, *grads) if t is not None]
+    if _transformed() or not all(map(torch._C._has_storage, given)):  # or gradients are batched
+        return backward(lambda *args: _plain(*args[:-1]), True, ctx, saved, grads)
     if torch.is_grad_enabled() or any(type(t) not in PLAIN for t in given):
-        return backward(lambda *args: scan_operator(*args[:-1]), True, ctx, grads)
+        return backward(lambda *args: scan_operator(*args[:-1]), True, ctx, saved, grads)
     chunks = given[0].device.type == "cpu"  # elsewhere all steps run at once, the more the better
-    return backward(_run, not chunks, ctx, grads)
+    return backward(_run, not chunks, ctx, saved, grads)
 
 
 scan_operator.register_autograd(_backward, setup_context=keep)
@@ -202,7 +222,7 @@ class _Direct(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *given: Tensor) -> tuple[Tensor, ...]:
         step, (held, read, _), axes, reverse = call
         inputs = step, given[:held], given[held : held + read], given[held + read :], axes, reverse
-        made = _operate(*inputs)
+        made = list(map(_alone, _operate(*inputs)))
         ctx.set_materialize_grads(False)
         keep(ctx, inputs, made)
         return tuple(made)

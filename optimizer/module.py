@@ -31,7 +31,7 @@ from .report import (
 )
 from .rewritten import Rewritten, share
 from .select import Options, Selection, select
-from .signature import Watched, call_signature, flatten
+from .signature import OpaqueArgument, Watched, call_signature, flatten
 
 MOST_SIGNATURES = 8
 log = logging.getLogger(__name__)
@@ -76,11 +76,18 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = flatten(args, kwargs)
-        key = self._signature(leaves, structure)
+        try:
+            key = self._signature(leaves, structure)
+        except OpaqueArgument as error:
+            if all(s.failure != str(error) for s in self.report.signatures):
+                self.optimize(args, kwargs, ())  # which reports it
+            return self.original(*args, **kwargs)
         run = self.specialized.get(key)
         if run is None:
             run = self._at_other_length(key, leaves, structure)
         if run is None:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                return self.original(*args, **kwargs)  # what is transformed can't be looked at
             if len(self.report.signatures) >= MOST_SIGNATURES:
                 self._warn_once()
                 return self.original(*args, **kwargs)
@@ -101,15 +108,15 @@ class OptimizedModule(nn.Module):
         failure, told, start = None, None, time.perf_counter()
         named = self.options.dynamic_shapes
         frees = [] if named is None else given_lengths(self.original, args, kwargs, named)
-        for mode in modes:
-            self._keep(leaves, structure, mode, self.original)
         try:
+            for mode in modes or ("inference",):
+                self._keep(leaves, structure, mode, self.original)
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                 own = list(copied(tuple(leaves)))
                 told = self._optimize_lengths(own, spec, structure, modes, frees, done)
                 if not self._covered(leaves, structure, modes):
                     self._optimize_length(own, spec, structure, modes, done)
-        except (CaptureError, ContractError) as error:
+        except (CaptureError, ContractError, OpaqueArgument) as error:
             failure = str(error)
         except Exception as error:
             log.exception("looplift failed on %s; the original runs", type(self.original).__name__)

@@ -427,6 +427,12 @@ def _t(node: Node, build: Builder) -> Node | None:
     return build.call(aten.permute.default, source, [1, 0])
 
 
+def _einsum(node: Node, build: Builder) -> Node | None:
+    """Without the order of contraction, which whoever runs it finds again."""
+    node.args, node.kwargs = node.args[:2], {}
+    return None
+
+
 RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
@@ -445,6 +451,7 @@ RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
     aten.transpose.int: _transpose,
     aten.t.default: _t,
     aten.cat.default: _cat,
+    aten.einsum.default: _einsum,
     aten.expand.default: _same_if(_keeps_shape),
     aten.alias.default: _same_if(lambda node: True),
     **CELLS,

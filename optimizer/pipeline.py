@@ -8,7 +8,7 @@ from typing import cast
 
 from torch.fx import GraphModule
 
-from .apply import apply, restore, tidy
+from .apply import apply, outputs_apart, restore, tidy
 from .builder import duplicate
 from .capture import Capture
 from .facts import WASTED, Facts, Line, all_graphs
@@ -72,6 +72,8 @@ def run_passes(
         last_steps_apart(outcome.graph_module, captured.fake_mode)
     _run(outcome, captured, passes[1:], excluded, allowed)
     merge_equal(outcome.graph_module)
+    if training:
+        outputs_apart(outcome.graph_module, captured.fake_mode)
     restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)
     join_reads(outcome.graph_module, captured.fake_mode)
     return outcome

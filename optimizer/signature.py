@@ -7,8 +7,13 @@ call, and only then looks closer.
 
 from __future__ import annotations
 
+import collections
+import enum
+import itertools
 import operator
-from collections.abc import Hashable, Sequence
+import types
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
 
@@ -16,11 +21,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import model_state
+from .capture import has_global_hooks, model_state
 
-READ = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "training"}
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+READ = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks",
+        "_backward_hooks", "_backward_pre_hooks", "training"}
 BOOKKEEPING = set(vars(nn.Module())) - READ  # what no forward reads
-PLAIN = (bool, int, float, str, type(None))
+HOOKS = sorted(name for name in READ if name.endswith("_hooks"))
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
+         torch.memory_format, torch.Size, enum.Enum, type, types.FunctionType,
+         types.BuiltinFunctionType, types.MethodType, range)
+TABLES = (dict, list, tuple, set, frozenset, collections.deque)
+DEEPEST = 4  # settings in tables in tables
+LARGE = 1 << 14  # bytes of an array
+
+
+class OpaqueArgument(Exception):
+    """An argument holds something whose contents a signature does not see; says what."""
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Stands for one object, which it keeps alive so that no other has its id."""
+
+    held: Any
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.held is self.held
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
@@ -32,10 +63,10 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], H
 
 def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
     """What a call's inputs and surroundings fix: shapes, strides, dtypes, which share memory,
-    grad mode, autocast."""
+    grad mode, autocast. Raises `OpaqueArgument`."""
     inputs = tuple([
         (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
-        else (type(leaf), _hashable(leaf))
+        else (type(leaf), _plain(leaf))
         for leaf in leaves
     ])
     shared: tuple[int, ...] = ()
@@ -76,8 +107,10 @@ class Watched:
         state = []
         for held in model_state(self.model):
             tensor, (holder, _) = held.get(), held.place()
-            state.append((held.name, tensor.shape, tensor.dtype, tensor.device, id(holder)))
-        return self.generation, tuple(state), _ties(members), tuple(map(_settings, members))
+            state.append((held.name, tensor.shape, tensor.dtype, tensor.device,
+                          tensor.requires_grad, id(holder)))
+        settings = tuple(map(_settings, members))
+        return self.generation, tuple(state), _ties(members), settings, has_global_hooks()
 
 
 class Glimpse:
@@ -91,18 +124,25 @@ class Glimpse:
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.tables: list[Any] = []
         self.places: list[tuple[Any, Any]] = []
+        self.sets: list[tuple[set[Any], set[Any]]] = []
         for module in members:
             own = {n: x for n, x in vars(module).items() if n not in BOOKKEEPING}
             self.places += [(vars(module), name) for name in own]
-            tables = [x for x in own.values() if isinstance(x, (dict, list))]
-            self.places += [(table, name) for table in tables
-                            for name in (table if isinstance(table, dict) else range(len(table)))]
+            tables = [t for name, x in own.items() for t in (
+                [x] if name in READ and isinstance(x, dict) else _tables(x))]
+            self.places += [(t, name) for t in tables
+                            if isinstance(t, (dict, list, collections.deque))
+                            for name in (t if isinstance(t, dict) else range(len(t)))]
             self.tables += [vars(module), *tables]
+            self.sets += [(t, set(t)) for t in tables if isinstance(t, set)]
         self.lengths = list(map(len, self.tables))
+        self.hooks = has_global_hooks()
         self.held = self._read()
         self.tensors = [h for h in self.held if isinstance(h, Tensor)]
+        self.arrays = [(h.tobytes, h.tobytes()) for h in self.held if _is_array(h)]
         self.sizes = list(map(Tensor.size, self.tensors))
         self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.wanted = list(map(REQUIRES_GRAD, self.tensors))
 
     def _read(self) -> list[Any]:
         return list(starmap(operator.getitem, self.places))
@@ -114,6 +154,10 @@ class Glimpse:
                 and all(map(operator.is_, self._read(), self.held))
                 and list(map(Tensor.size, self.tensors)) == self.sizes
                 and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+                and list(map(REQUIRES_GRAD, self.tensors)) == self.wanted
+                and all(itertools.starmap(operator.eq, self.sets))
+                and all(read() == was for read, was in self.arrays)
+                and has_global_hooks() == self.hooks
             )
         except (KeyError, IndexError):
             return False
@@ -139,24 +183,67 @@ def _ties(members: Sequence[nn.Module]) -> tuple[int, ...]:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    """What forward may depend on besides tensors: numbers, texts, and which hooks exist."""
+    """What forward may depend on besides tensors: what is plain, however deep in tables and
+    objects that hold settings, and which hooks exist."""
     held = vars(module)
-    own = {n: x for n, x in held.items() if n not in BOOKKEEPING}
+    own = {n: x for n, x in held.items() if n not in BOOKKEEPING and n not in READ}
     return (
-        *((n, type(x), x) for n, x in own.items() if isinstance(x, PLAIN)),
-        *((n, *map(_hashable, x)) for n, x in own.items() if isinstance(x, (list, tuple))),
-        *((n, *((k, _hashable(v)) for k, v in x.items())) for n, x in own.items()
-          if isinstance(x, dict) and n not in READ),
-        len(held), len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
-        *map(id, held["_modules"].values()),
+        held["training"], *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
+        len(held), *(len(held[name]) for name in HOOKS), *map(id, held["_modules"].values()),
     )
 
 
-def _hashable(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return leaf  # type: ignore[no-any-return]
+def _setting(held: Any, depth: int = DEEPEST) -> Hashable:
+    """A value of a signature for what hangs on a model; tensors are looked at elsewhere."""
+    if isinstance(held, (Tensor, nn.Module)):
+        return id(held)
+    if isinstance(held, PLAIN):
+        return type(held), held
+    if _is_array(held):
+        return held.shape, str(held.dtype), held.tobytes()
+    inside = _inside(held, depth)
+    if inside is None:
+        return _Same(held)
+    keys = [(type(k), k) for k in inside] if isinstance(inside, dict) else ()
+    items = inside.values() if isinstance(inside, dict) else inside
+    made = [_setting(item, depth - 1) for item in items]
+    return type(held), tuple(keys), frozenset(made) if isinstance(inside, (set, frozenset)) \
+        else tuple(made)
+
+
+def _tables(held: Any, depth: int = DEEPEST) -> Iterator[Any]:
+    """The tables that what hangs on a model is, or holds."""
+    inside = _inside(held, depth)
+    if inside is not None:
+        yield inside
+        for item in inside.values() if isinstance(inside, dict) else inside:
+            yield from _tables(item, depth - 1)
+
+
+def _inside(held: Any, depth: int) -> Any:
+    """The table that something is, or that holds its attributes; None if it is no settings."""
+    if depth == 0 or isinstance(held, (Tensor, nn.Module, *PLAIN)) or _is_array(held):
+        return None
+    if isinstance(held, TABLES):
+        return held
+    inside = getattr(held, "__dict__", None)
+    plain = isinstance(inside, dict) and inside and all(
+        isinstance(item, (Tensor, *PLAIN, *TABLES)) or _inside(item, depth - 1) is not None
+        for item in inside.values())
+    return inside if plain else None
+
+
+def _is_array(held: Any) -> bool:
+    """Whether it is a NumPy array, small enough to look at in every call."""
+    return type(held).__module__ == "numpy" and getattr(held, "nbytes", LARGE) < LARGE
+
+
+def _plain(leaf: Any) -> Hashable:
+    number = type(leaf).__module__ == "numpy" and type(leaf).__hash__ is not None
+    if number or isinstance(leaf, PLAIN):
+        return leaf  # type: ignore[no-any-return]
+    raise OpaqueArgument(f"an argument is, or holds, an object of the type {type(leaf).__name__}, "
+                         "whose contents can't be watched; pass tensors and numbers, in lists, "
+                         "tuples or tables")
 
 

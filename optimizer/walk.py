@@ -55,9 +55,11 @@ def keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*carries, *slices, *invariants, *outputs)
 
 
-def backward(scan: Scan, whole: bool, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def backward(
+    scan: Scan, whole: bool, ctx: Any, saved: Tensors, grads: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
     """Gradients of the arguments of `fused_scan`; in one chunk if it is to be `whole`."""
-    walk = _Walk(scan, ctx, grads)
+    walk = _Walk(scan, ctx, saved, grads)
     to_carries, to_slices, to_invariants = walk.run(whole)
     # an empty list of numbers counts as one of tensors
     return None, to_carries, to_slices, to_invariants, None if ctx.axes else [], None
@@ -75,9 +77,11 @@ class _Span:
 class _Walk:
     """One backward."""
 
-    def __init__(self, scan: Scan, ctx: Any, grads: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, scan: Scan, ctx: Any, saved: Tensors, grads: Sequence[Tensor | None]
+    ) -> None:
         self.scan, self.step, self.reverse, self.counts = scan, ctx.step, ctx.reverse, ctx.counts
-        (held, read, fixed), saved = ctx.counts, ctx.saved_tensors
+        held, read, fixed = ctx.counts
         self.carries, self.slices = saved[:held], saved[held : held + read]
         self.invariants = saved[held + read : held + read + fixed]
         self.steps: int = self.slices[0].shape[0]
@@ -250,7 +254,9 @@ def _product(term: Term, known: dict[str, Tensor]) -> Tensor:
     if len(factors) == 1:
         return _chained(term, factors[0].sum(0))
     left, right = factors[0].movedim(0, -2), factors[1].movedim(0, -3)
-    return _chained(term, left.flatten(-2) @ right.flatten(-3, -2))  # summed over the steps
+    rows, columns, summed = left.shape[:-2], right.shape[-1], math.prod(left.shape[-2:])
+    right = right.reshape(*right.shape[:-3], summed, columns)
+    return _chained(term, left.reshape(*rows, summed) @ right)  # summed over the steps
 
 
 def _chained(term: Term, total: Tensor) -> Tensor:

@@ -1,0 +1,270 @@
+"""What callers do with an optimized module beyond calling it, and what they hand to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from looplift import apply_passes
+from looplift.optimizer.module import OptimizedModule
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+jacobian: Any = torch.autograd.functional.jacobian
+
+
+class Gated(nn.Module):
+    """A loop that is one kernel and nothing after it: (B, T, 5) to (B, T, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.kept = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = x.new_zeros(x.shape[0], 5), []
+        for t in range(x.shape[1]):
+            h = torch.sigmoid(self.read(x[:, t]) + self.kept(h)) * h + torch.tanh(x[:, t])
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, OptimizedModule]:
+    torch.manual_seed(0)
+    model = Gated()
+    fast = apply_passes(model, (torch.randn(3, 30, 5),), measure=False)
+    for mode in fast.report.signatures[0].modes:
+        assert "fuse-recurrences" in [r.pass_name for r in mode.rewrites]
+    return model, fast
+
+
+def given() -> Tensor:
+    return torch.randn(3, 30, 5, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
+    x = given()
+    (run(x) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    return x.grad
+
+
+def overwritten(y: Tensor) -> Tensor:
+    y[:, 0] = 0.0
+    return y
+
+
+USES: dict[str, Callable[[nn.Module], Any]] = {
+    "a checkpoint": lambda m: gradient(lambda x: checkpoint(m, x, use_reentrant=False)),
+    "a reentrant checkpoint": lambda m: gradient(lambda x: checkpoint(m, x, use_reentrant=True)),
+    "a sum in place": lambda m: gradient(lambda x: m(x).mul_(2).add_(1)),
+    "a write to a part": lambda m: gradient(lambda x: overwritten(m(x))),
+    "relu in place": lambda m: gradient(lambda x: nn.ReLU(inplace=True)(m(x))),
+    "torch.func.grad": lambda m: torch.func.grad(lambda x: m(x).sum())(given().detach()),
+    "torch.func.jvp": lambda m: torch.func.jvp(
+        m, (given().detach(),), (torch.ones(3, 30, 5),)),
+    "torch.func.vmap": lambda m: torch.func.vmap(m)(given().detach().expand(2, 3, 30, 5)),
+    "gradients per sample": lambda m: torch.func.vmap(torch.func.grad(
+        lambda x: m(x[None]).sum()))(given().detach()),
+    "batched gradients": lambda m: torch.autograd.grad(
+        m(x := given())[:, -1].sum(0), x, torch.eye(5), is_grads_batched=True)[0],
+    "a vectorized Jacobian": lambda m: jacobian(
+        lambda x: m(x).sum((0, 1)), given().detach(), vectorize=True),
+    "a gradient of a gradient": lambda m: gradient(lambda x: torch.autograd.grad(
+        (m(x) ** 2).sum(), x, create_graph=True)[0]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_used_as_the_model_is(use: str, pair: tuple[nn.Module, OptimizedModule]) -> None:
+    model, fast = pair
+    before = len(fast.report.signatures)
+    assert_close(USES[use](fast), USES[use](model), rtol=1e-4, atol=1e-5)
+    assert len(fast.report.signatures) == before or use == "gradients per sample"
+
+
+def test_forward_mode(pair: tuple[nn.Module, OptimizedModule]) -> None:
+    forward_ad: Any = torch.autograd.forward_ad
+
+    def tangent(module: nn.Module) -> Any:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(given().detach(), torch.ones(3, 30, 5))
+            return forward_ad.unpack_dual(module(dual)).tangent
+
+    model, fast = pair
+    assert_close(tangent(fast), tangent(model), rtol=1e-4, atol=1e-5)
+
+
+@dataclass
+class Batch:
+    x: Tensor
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = Gated()
+
+    def forward(self, batch: Batch) -> Any:
+        return self.loop(batch.x)
+
+
+def test_objects_are_no_inputs() -> None:
+    model = Batched()
+    fast = apply_passes(model, (Batch(given()),), measure=False)
+    for _ in range(3):
+        batch = Batch(torch.randn(3, 12, 5))
+        assert_close(fast(batch), model(batch))
+    assert len(fast.report.signatures) == 1
+    assert "an object of the type Batch" in str(fast.report.signatures[0].failure)
+
+
+class Refused(Gated):
+    """Does something that a graph can't keep, and says what."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.act(x))
+
+
+def hooked(x: Tensor) -> Tensor:
+    y = x * 1.0
+    if y.requires_grad:
+        y.register_hook(lambda g: g.clamp(-0.1, 0.1))  # type: ignore[no-untyped-call]
+    return y
+
+
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "registers a hook on a tensor": hooked,
+    "random numbers from Python or NumPy": lambda x: x * random.choice((1.0, 1.0, 1.0)),
+    "draws random numbers from Python": lambda x: x * float(numpy.random.rand() < 2),
+    "such as a torch.Generator": lambda x: x + torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_a_graph_can_not_keep(reason: str) -> None:
+    fast = apply_passes(Refused(REFUSED[reason]), (given(),), measure=False)
+    assert reason in str(fast.report.signatures[0].failure)
+
+
+class Caching(Batched):
+    def forward(self, x: Tensor, cache: Any) -> Any:  # type: ignore[override]
+        y = self.loop(x)
+        if isinstance(cache, dict):
+            cache["last"] = y[:, -1]
+        else:
+            cache.append(y[:, -1])
+        return y
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_a_cache_that_is_handed_in_is_filled(kind: type[Any]) -> None:
+    model, cache = Caching(), kind()
+    fast = apply_passes(model, (given(), kind()), measure=False)
+    fast(given(), cache)
+    assert len(cache) == 1
+    assert "a list or table among its arguments" in str(fast.report.signatures[0].failure)
+
+
+def test_a_backward_hook_that_comes_later_runs() -> None:
+    model = Gated()
+    fast = apply_passes(model, (given(),), measure=False)
+    def none(module: nn.Module, to_inputs: Any, grads: Any) -> Any:
+        return tuple(g if g is None else g * 0 for g in to_inputs)
+
+    model.kept.register_full_backward_hook(none)
+    assert_close(gradient(fast), gradient(model))
+
+
+class Counted(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_buffers_stay_as_they_were_where_all_lengths_are_tried(mode: str) -> None:
+    model = Counted()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shapes = {"x": {1: torch.export.Dim("T", min=2)}}
+    fast = apply_passes(model, (given(),), mode=mode, measure=False, dynamic_shapes=shapes)
+    assert "one program" in str(fast.report.signatures[0].lengths)
+    assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
+
+
+class Contracted(nn.Module):
+    """As Mamba's reference writes it: three operands, which torch contracts in an order."""
+
+    def forward(self, delta: Tensor, b: Tensor, u: Tensor) -> Tensor:
+        driven = torch.einsum("bdl,bnl,bdl->bdln", delta, b, u)
+        h, outputs = driven.new_zeros(*driven[:, :, 0].shape), []
+        for t in range(u.shape[2]):
+            h = torch.tanh(h) * delta[:, :, t, None] + driven[:, :, t]
+            outputs.append(h.sum(-1))
+        return torch.stack(outputs, 2)
+
+
+def test_an_einsum_of_three_is_emitted() -> None:
+    from looplift.passes import ORDER
+
+    passes = [p for p in ORDER if p.name != "lower-einops"]
+    inputs = torch.rand(3, 8, 24), torch.randn(3, 4, 24), torch.randn(3, 8, 24)
+    fast = apply_passes(Contracted(), inputs, passes=passes, measure=False)
+    assert "torch.einsum('bdl,bnl,bdl->bdln'" in fast.code
+    assert_close(fast(*inputs), Contracted()(*inputs))
+
+
+class Slopes(nn.Module):
+    """A number of each head's own times distances that are integers (ALiBi)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(12, 3) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        apart = (places[:, None] - places[None]).abs()
+        outputs = []
+        for k, head in enumerate(self.heads):
+            q = head(x)
+            outputs.append((q @ q.transpose(1, 2) - 2 ** (-2 * (k + 1)) * apart).softmax(-1) @ q)
+        return torch.cat(outputs, -1)
+
+
+def test_numbers_times_integers_keep_their_dtype() -> None:
+    model, x = Slopes(), torch.randn(3, 24, 12)
+    fast = apply_passes(model, (x,), measure=False)
+    assert fast.report.signatures[0].failure is None
+    assert_close(fast(x), model(x))
+
+
+class Filtered(nn.Module):
+    """Solves a system in each step, as a Kalman filter does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, outputs = torch.eye(3), []
+        for t in range(x.shape[1]):
+            p = p + torch.linalg.solve(p + p.T, x[:, t].T @ x[:, t] + torch.eye(3))
+            outputs.append(p)
+        return torch.stack(outputs)
+
+
+def test_a_loop_that_solves_systems_is_no_error() -> None:
+    x = torch.randn(4, 12, 3)
+    fast = apply_passes(Filtered(), (x,), measure=False)
+    assert fast.report.signatures[0].failure is None
+    assert_close(fast(x), Filtered()(x))
