@@ -38,7 +38,7 @@ class Chosen:
 
     selection: Selection
     make: Make  # gives the original where nothing paid
-    least: int  # the shortest length it is right at
+    least: Lengths  # the shortest it is right at
     why: str = ""  # what prevents that one source holds for all lengths
 
 
@@ -66,14 +66,14 @@ def optimize_family(
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:
             raise NotOneProgram(f"at length {_named(chosen_at)}: {wrong[0].reason}")
-        choice = Chosen(selection, _always(model), 1)
+        choice = Chosen(selection, _always(model), tuple(1 for _ in found.first))
         if selection.rewritten is not None:
             progress(f"verifying at other lengths ({mode})")
             choice = EachLength(model, found, leaves, spec, selection, options).chosen(
                 chosen_at, wanted)
         made[mode] = choice
-    if len(found.first) == 1:
-        found = replace(found, first=(max(choice.least for choice in made.values()),))
+    leasts = zip(*(choice.least for choice in made.values()), strict=True)
+    found = replace(found, first=tuple(map(max, leasts)))
     told = [f"chosen at {_named(chosen_at)}"]
     told += sorted({f"rewritten anew at each length: {c.why}" for c in made.values() if c.why})
     return found, made, ", ".join(told)
@@ -140,7 +140,7 @@ class EachLength:
         except NotOneProgram as why:
             self._verify(self._at, todo)
             self.leaves = self._resized(found.first)  # it lives on
-            return Chosen(selection, self, found.first[0], str(why))
+            return Chosen(selection, self, found.first, str(why))
         return Chosen(selection, _always(one), self._shortest(one))
 
     def __call__(self, leaves: Sequence[Any]) -> nn.Module:
@@ -215,16 +215,22 @@ class EachLength:
         if isinstance(verdict, Equal):
             self.selection.verdict = replace(verdict, unproven=(*verdict.unproven, *unproven))
 
-    def _shortest(self, made: nn.Module) -> int:
-        """The shortest length down to which the module is right at each, although not traced."""
-        [least, *others], [step, *_] = self.found.first, self.found.steps
-        end = time.perf_counter() + SLOW
-        while (not others and self.options.verify and time.perf_counter() < end
-               and least - step >= max(1, self.found.frees[0].least)):
-            if self._differs(made, self._resized((least - step,)), self.selection.mode) is not None:
-                break
-            least -= step
-        return least
+    def _shortest(self, made: nn.Module) -> Lengths:
+        """The shortest lengths down to which the module is right, although not traced: at each
+        one, the others as they were traced, and where all are the shortest."""
+        first, frees = self.found.first, self.found.frees
+        least = list(first)
+        for k, (step, free) in enumerate(zip(self.found.steps, frees, strict=True)):
+            end = time.perf_counter() + SLOW
+            while (self.options.verify and time.perf_counter() < end
+                   and least[k] - step >= max(1, free.least)
+                   and self._is_right(made, (*first[:k], least[k] - step, *first[k + 1 :]))):
+                least[k] -= step
+        corner = tuple(least)
+        return corner if len(first) == 1 or self._is_right(made, corner) else first
+
+    def _is_right(self, made: nn.Module, lengths: Lengths) -> bool:
+        return self._differs(made, self._resized(lengths), self.selection.mode) is None
 
     def _differs(
         self, made: nn.Module, leaves: Sequence[Any], mode: str, double: bool = True

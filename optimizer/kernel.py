@@ -416,7 +416,8 @@ class _Kernel:
         if room > MOST_BYTES:
             raise Unsupported(f"its values need {room >> 10} KiB of a core's cache")
         source = COMMON + self._walk(local, layouts)
-        source += f"constexpr int64_t COUNT = {len(nodes)}, EXPECTED = {expected};\n"
+        told = 1 << min(max(expected, 1).bit_length() - 1, 6)  # what a block's size is chosen by
+        source += f"constexpr int64_t COUNT = {len(nodes)}, EXPECTED = {told};\n"
         source += (ROWS if self.lane is None else LANES) + ENTRIES
         return Kernel(source, {p: self.axes.sizes[p] for p in self.axes.free}, self.lane, layouts,
                       self._overwrites(layouts))

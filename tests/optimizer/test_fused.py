@@ -416,3 +416,12 @@ def test_systems_have_no_kernel_whatever_numbers_a_step_is_traced_with() -> None
         is_built(step, [random(3, 3)], [random(4, 3, 3)], [])
     start, slices = [torch.eye(3, dtype=torch.float64)], [random(4, 3, 3)]
     assert_close(fused_scan(step, start, slices, [], []), list(plain(step, start, slices, [])))
+
+
+def test_batches_of_many_sizes_share_kernels() -> None:
+    sources: set[str] = set()
+    with mock.patch.object(fused, "compiled", sources.add):
+        for batch in range(1, 101):
+            fused_scan(GATED, [torch.zeros(batch, 3)], [torch.zeros(5, batch, 3)] * 2,
+                       [torch.zeros(3)], [1])
+    assert len(sources) <= 7

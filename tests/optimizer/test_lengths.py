@@ -243,10 +243,19 @@ def two_loops(m: Any, x: Tensor, y: Tensor) -> Any:
 
 def test_two_lengths_of_their_own() -> None:
     model = Model(two_loops)
-    with mock.patch.object(lengths, "MANY", 300):
+    with mock.patch.object(lengths, "MANY", 300), mock.patch.object(every_length, "SLOW", 100.0):
         fast = optimized(model, *long(150, 120))
-    assert told(fast).startswith("one program for T from 10 and S from 17")
-    serves(fast, model, long(11, 80), long(90, 21), long(40, 40))
+    assert told(fast).startswith("one program for T from 1 and S from 1, ")
+    serves(fast, model, long(11, 80), long(90, 21), long(40, 40), long(2, 1))
+
+
+def test_short_batches_and_lengths_are_served_where_both_may_vary() -> None:
+    model = Model(recurrent)
+    [x] = long(30)
+    with mock.patch.object(every_length, "SLOW", 100.0):
+        fast = optimized(model, x, dynamic_shapes=({0: Dim("B", min=1), 1: Dim("T", min=2)},))
+    assert told(fast).startswith("one program for B from 1 and T from 2, ")
+    serves(fast, model, *((x[:b, :t].contiguous(),) for b, t in ((1, 2), (2, 7), (2, 3))))
 
 
 def test_the_source_is_the_same_however_long_the_loop() -> None:
