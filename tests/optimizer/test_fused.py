@@ -425,3 +425,11 @@ def test_batches_of_many_sizes_share_kernels() -> None:
             fused_scan(GATED, [torch.zeros(batch, 3)], [torch.zeros(5, batch, 3)] * 2,
                        [torch.zeros(3)], [1])
     assert len(sources) <= 7
+
+
+def test_without_a_header_compiled_beforehand_kernels_are_built() -> None:
+    step = GATED.replace("* 2", "* 2.375")
+    with mock.patch("torch._inductor.codecache._precompile_header",
+                    side_effect=OSError("no space")) as header:
+        assert is_built(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
+    assert header.call_count <= 1  # none where an earlier run has left the kernel
