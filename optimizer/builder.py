@@ -189,6 +189,8 @@ def _sources(node: Node, exact: bool) -> list[Any]:
 def _same(now: Sequence[Any], before: Sequence[Any], result: Any) -> bool:
     """Whether these are equal numbers, and tensors that lie alike: in the same memory too, if
     the result is a view of it."""
+    if len(now) == len(before) and all(map(operator.is_, now, before)):
+        return True  # in most cases
     view = _is_strided(result) and storage(result) in {
         storage(t) for t in before if _is_strided(t)}
 

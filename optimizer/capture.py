@@ -199,7 +199,7 @@ def capture(
     places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))
     trace = _Trace(model, flat, spec, places, state)
     fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
-    drawn = random.getstate(), numpy_state()
+    drawn = random.getstate(), _numpy_state()
     with TRACING, mock.patch.object(
         torch.autograd.Function, "apply", classmethod(_by_operator)
     ), mock.patch.object(Tensor, "register_hook", _refuse_hook), mock.patch.object(
@@ -222,7 +222,7 @@ def capture(
         raise CaptureError("forward hands an object to an operation, such as a torch.Generator, "
                            "which has no place in a graph")
     assert trace.output_spec is not None
-    if (random.getstate(), numpy_state()) != drawn:
+    if (random.getstate(), _numpy_state()) != drawn:
         raise CaptureError("forward draws random numbers from Python or NumPy, which would be "
                            "constants of a graph; draw them with torch")
     _refuse_writes(trace)
@@ -239,7 +239,7 @@ def capture(
     )
 
 
-def numpy_state() -> Any:
+def _numpy_state() -> Any:
     """The state of NumPy's generator, where somebody has imported it."""
     numpy = sys.modules.get("numpy")
     return None if numpy is None else pickle.dumps(numpy.random.get_state())
@@ -419,6 +419,8 @@ def _from_functional(leaf: Any) -> Any:
 
 
 def _refuse_unsupported_modules(model: nn.Module) -> None:
+    if has_global_hooks():
+        raise CaptureError("hooks for all modules are registered, which a graph can't keep")
     for name, module in model.named_modules():
         where = f" ({name})" if name else ""
         if isinstance(module, torch.jit.ScriptModule):
@@ -428,8 +430,6 @@ def _refuse_unsupported_modules(model: nn.Module) -> None:
                 f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
                 "inside (`.module`) and wrap the result"
             )
-        if has_global_hooks():
-            raise CaptureError("hooks for all modules are registered, which a graph can't keep")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
         if module._forward_hooks or module._forward_pre_hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -45,16 +46,16 @@ def same_bits(want: Tensor, got: Tensor) -> bool:
     return signs and torch.equal(want, got)
 
 
-def scales(observation: Observation) -> dict[str, float]:
-    """For each value, the smallest size that counts: a small part of its kind's largest.
+def scales(found: Mapping[str, float]) -> dict[str, float]:
+    """For each value, of the `sizes` found, the smallest that counts: a small part of its kind's
+    largest.
 
     The kinds are outputs, gradients, and state after the call.
     """
     most: dict[str, float] = {}
-    for name, size in sizes(observation).items():
+    for name, size in found.items():
         most[kind(name)] = max(most.get(kind(name), 0.0), size)
-    return {name: SMALL[kind(name) == "gradient"] * most.get(kind(name), 0.0)
-            for name in observation.values}
+    return {name: SMALL[kind(name) == "gradient"] * most[kind(name)] for name in found}
 
 
 def sizes(observation: Observation) -> dict[str, float]:

@@ -80,7 +80,7 @@ class OptimizedModule(nn.Module):
             key = self._signature(leaves, structure)
         except OpaqueArgument as error:
             if all(s.failure != str(error) for s in self.report.signatures):
-                self.optimize(args, kwargs, ())  # which reports it
+                self.optimize(args, kwargs, ("inference",))  # which reports it
             return self.original(*args, **kwargs)
         run = self.specialized.get(key)
         if run is None:
@@ -109,7 +109,7 @@ class OptimizedModule(nn.Module):
         named = self.options.dynamic_shapes
         frees = [] if named is None else given_lengths(self.original, args, kwargs, named)
         try:
-            for mode in modes or ("inference",):
+            for mode in modes:
                 self._keep(leaves, structure, mode, self.original)
             with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                 own = list(copied(tuple(leaves)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import enum
-import itertools
 import operator
 import types
 from collections.abc import Hashable, Iterator, Sequence
@@ -155,7 +154,7 @@ class Glimpse:
                 and list(map(Tensor.size, self.tensors)) == self.sizes
                 and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
                 and list(map(REQUIRES_GRAD, self.tensors)) == self.wanted
-                and all(itertools.starmap(operator.eq, self.sets))
+                and all(starmap(operator.eq, self.sets))
                 and all(read() == was for read, was in self.arrays)
                 and has_global_hooks() == self.hooks
             )

@@ -36,14 +36,18 @@ COMPOSED = [  # not core, or core but not simple
 ]
 
 
+def _listed(x: Tensor, axes: Any) -> list[int]:
+    """The axes that an operation is given: a list, one, or none for all."""
+    return [axes] if isinstance(axes, int) else list(axes or range(x.dim()))
+
+
 def _mean(x: Tensor, axes: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    every = list(range(x.dim()))
-    axes = [axes] if isinstance(axes, int) else axes if axes else every
+    axes = _listed(x, axes)
     return x.sum(axes, keepdim).div(math.prod(x.shape[a] for a in axes))
 
 
 def _var(x: Tensor, axes: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    axes = list(axes) if axes else list(range(x.dim()))
+    axes = _listed(x, axes)
     apart = x - _mean(x, axes, True)
     count = math.prod(x.shape[a] for a in axes) - (1 if correction is None else correction)
     return (apart * apart).sum(axes, keepdim).div(count)
@@ -97,7 +101,7 @@ def _log_sigmoid_backward(grad: Tensor, x: Tensor, small: Tensor) -> Tensor:
 def _norm(
     x: Tensor, order: Any = 2, axes: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    axes = [axes] if isinstance(axes, int) else axes or list(range(x.dim()))
+    axes = _listed(x, axes)
     if dtype is not None or order not in (1, 2, math.inf):
         return NotImplemented
     if order == math.inf:
@@ -224,9 +228,7 @@ def functional_graph(
         with AnyDtype():
             made = make_fx(torch.func.functionalize(function), decomposition_table=rules)(
                 *halves(sizes))
-    except RuntimeError as error:
-        if not isinstance(error, getattr(torch.linalg, "LinAlgError")):  # noqa: B009
-            raise
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise Unsupported("the loop factorizes matrices or solves linear systems") from error
     reshaped(made)
     return made

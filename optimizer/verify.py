@@ -218,13 +218,14 @@ class _Comparison:
 
         Where an input of zeros leaves nothing but rounding noise, the noise need not agree.
         """
-        for name, size in sizes(observation).items():
+        found = sizes(observation)
+        for name, size in found.items():
             self.largest[name] = max(size, self.largest.get(name, 0.0))
-        return {n: max(c, NOISE * self.largest[n]) for n, c in scales(observation).items()}
+        return {n: max(c, NOISE * self.largest[n]) for n, c in scales(found).items()}
 
     def _note_errors(self, truth: Observation, naive: Observation, ours: Observation) -> None:
         """Each program's error in the caller's dtype against float64, by value, the worst case."""
-        truths, counts = truth.values, scales(truth)
+        truths, counts = truth.values, scales(sizes(truth))
         for name, theirs, own in _pairs(naive, ours):
             if name not in truths or not theirs.is_floating_point():
                 continue
