@@ -655,6 +655,27 @@ def test_an_approximation_may_differ_for_infinite_inputs() -> None:
     assert pair.verify(approximate=True)
 
 
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x * 0.5**0.5))
+
+
+def test_nan_and_infinities_may_be_where_the_first_has_them_in_float64() -> None:
+    """PyTorch's gelu(inf) is NaN in float32, from two elements on, and inf in float64."""
+    pair = Pair("", lambda m, x: functional.gelu(x), lambda m, x: gelu(x), STEPS, "")
+    assert torch.isnan(functional.gelu(torch.tensor([torch.inf, 1.0]))).any()
+    assert pair.verify()
+
+
+@pytest.mark.parametrize("otherwise", [0.0, -torch.inf])
+def test_nan_and_infinities_may_not_be_where_the_first_never_has_them(otherwise: float) -> None:
+    def wrong(m: nn.Module, x: Tensor) -> Tensor:
+        return gelu(x).masked_fill(x == torch.inf, otherwise)
+
+    verdict = Pair("", lambda m, x: functional.gelu(x), wrong, STEPS, "").verify()
+    assert isinstance(verdict, Differs)
+    assert verdict.case.startswith("Inf")
+
+
 def test_signed_zeros_are_not_exact() -> None:
     verdict = Pair("", lambda m, x: x * 1, lambda m, x: x + 0, (torch.tensor([-0.0]),), "").verify()
     assert not (isinstance(verdict, Equal) and verdict.grade == "exact")
