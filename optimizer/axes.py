@@ -117,6 +117,10 @@ class Axes:
         if target is operator.getitem:
             return self._cut(node, sizes)
         sources = [n for n in node.all_input_nodes if n in self._of]
+        if node.op == "get_attr":  # a table has its own number for each element
+            made = [self._new(size) for size in sizes]
+            self._bind(made)
+            return made
         if node.op != "call_function" or not sources or target in MADE:
             return [self._new(size) for size in sizes]
         first = self._of[sources[0]]
@@ -143,7 +147,7 @@ class Axes:
             target in PLAIN or Tag.pointwise in target.tags
         ):
             raise no_rule(target)
-        made: list[Axis] = [()] * len(sizes)
+        made = [()] * len(sizes)
         for source in sources:  # pointwise: sizes are aligned at the end, ones are broadcast
             axes = self._of[source]
             for place in range(1, len(axes) + 1):

@@ -21,11 +21,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
+from .composed import Early
 from .emit import emit
 from .facts import aten, behind, shape
-from .pointwise import SAME, constant
+from .pointwise import SAME, Unsupported, constant
 from .step import (
-    AnyDtype,
     Counts,
     Sizes,
     aside,
@@ -133,8 +133,12 @@ def _joint(
                 for k, g in zip(to, found, strict=True) if k in present]
 
     like = [*sizes[:held], *sizes[: held + read], *made[held:], *sizes[held + read :]]
-    with torch.enable_grad(), AnyDtype():
-        graph_module = make_fx(backward)(*halves(like))
+    try:
+        with torch.enable_grad(), Early():
+            graph_module = make_fx(backward)(*halves(like))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(f"the loop's step can't be differentiated ({reason})") from error
     graph_module = functional_graph(graph_module, like)  # gradients' formulas write in place
     _simplify(graph_module.graph)
     names = [*(f"carry_{k}" for k in range(held)), *(f"history_{k}" for k in range(held)),

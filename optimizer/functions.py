@@ -17,9 +17,10 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .axes import LIKE
+from .composed import RULES
 from .facts import aten
 from .pointwise import SAME
-from .step import RULES, aside
+from .step import aside
 
 Function = type[torch.autograd.Function]
 

@@ -26,6 +26,7 @@ from .step import placed
 Tensors = Sequence[Tensor]
 Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
 CPU = torch.device("cpu")
+NUMBERED = (torch.bool, torch.int64)  # dtypes whose values a kernel holds as floating numbers
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -102,6 +103,8 @@ def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
     parts = [build.move(next(made), axis, 0) for _ in range(1 + is_complex(was))]
     if len(parts) > 1:
         return build.call(aten.complex.default, *parts)
+    if value(was).dtype is torch.int64:
+        return build.call(aten.to.dtype, *parts, torch.int64)
     return build.call(aten.ne.Scalar, *parts, 0) if value(was).dtype is torch.bool else parts[0]
 
 
@@ -120,8 +123,12 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     heads, held = placeholders(pairs), len(carries)
     results = cast(tuple[Node, ...], output_node(pairs).args[0])
     tensors = [n for n in pairs.graph.nodes if is_tensor(n)]
+    states = {*heads[:held], *results[:held]}
     kinds = {(value(n).device, value(n).dtype) for n in tensors
-             if value(n).dtype is not torch.bool or n in heads[:held] or n in results[:held]}
+             if value(n).dtype not in NUMBERED or n in states
+             or (n in heads and value(n).dtype is torch.int64)}
+    if any(value(n).dtype is torch.int64 for n in results) and carries[0].dtype in HALVES:
+        raise Unsupported("its results are integers, and its values of half precision")
     if len(kinds) != 1 or not carries[0].dtype.is_floating_point:
         raise Unsupported("its values are not all of one floating dtype on one device")
     body, numbers = with_arguments(in_numbers(pairs, held))
@@ -135,7 +142,8 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
 
 
 def in_numbers(body: GraphModule, held: int) -> GraphModule:
-    """The body with numbers, 0 and 1, in place of the masks among its arguments and outputs."""
+    """The body with numbers in place of the masks, as 0 and 1, among its arguments and outputs,
+    and of its integer outputs."""
     made = duplicate(body)
     first, *_ = heads = placeholders(made)
     end = output_node(made)
@@ -149,7 +157,7 @@ def in_numbers(body: GraphModule, held: int) -> GraphModule:
     were = cast(tuple[Node, ...], output_node(body).args[0])
     with made.graph.inserting_before(end):
         for k in range(held, len(results)):
-            if value(were[k]).dtype is torch.bool:
+            if value(were[k]).dtype in NUMBERED:
                 results[k] = made.graph.call_function(aten.type_as.default, (results[k], first))
     end.args = (tuple(results),)
     return made

@@ -25,9 +25,9 @@ from torch.fx import Node
 
 from .axes import PERMUTES, PRODUCTS, REDUCTIONS, RESHAPES, SCATTERS, Axes, Part, reduced
 from .facts import aten
-from .kernel_loops import COMBINED, Loop, Member, Place, Product, Read, contiguous, transfer
+from .kernel_loops import COMBINED, TABLE, Loop, Member, Place, Product, Read, contiguous, transfer
 from .kernel_source import AXES, COMMON, ENTRIES, LANES, ROWS
-from .pointwise import SAME, Unsupported, constant, expression, is_mask, no_rule, number
+from .pointwise import SAME, Unsupported, constant, expression, is_integer, is_mask, no_rule, number
 from .step import Counts, Sizes, traced
 
 MOST_BYTES = 1 << 18  # of buffers in one task
@@ -111,6 +111,7 @@ class _Kernel:
         self.axes, self.counts, self.lane, self.orders = axes, counts, lane, orders
         self.places: dict[Node, Place] = {}
         self.constants: dict[Node, str] = {}
+        self.tables: list[str] = []  # their C++
         self.groups: list[Loop | Product] = []
         self.made_in: dict[str, int] = {}  # buffer → its group, or the last of them
         self.indirect: set[str] = set()  # buffers that are complete only after their groups
@@ -125,10 +126,7 @@ class _Kernel:
             if node.op == "call_function":
                 self._operation(node)
             elif node.op == "get_attr":
-                held = getattr(graph.owning_module, str(node.target))
-                if not isinstance(held, Tensor) or held.numel() != 1:
-                    raise Unsupported("it reads a constant tensor")
-                self.constants[node] = number(held.item())
+                self._table(node, getattr(graph.owning_module, str(node.target)))
         self._results()
 
     # what each node becomes
@@ -142,6 +140,16 @@ class _Kernel:
             place = self._buffer(head.name, inner, lane)
         self.places[head] = place
 
+    def _table(self, node: Node, held: Tensor) -> None:
+        if held.numel() == 1:
+            self.constants[node] = number(held.item())
+            return
+        name, sizes = f"{TABLE}{len(self.tables)}", tuple(held.shape)
+        items = ", ".join(number(x).removeprefix("V") for x in held.reshape(-1).tolist())
+        self.tables.append(f"  const S {name}[] = {{{items}}};")
+        self.places[node] = Place(name, sizes, contiguous(sizes), False, 0, held.numel(),
+                                  is_mask(node))
+
     def _operation(self, node: Node) -> None:
         target: Any = node.target
         fill = None if constant(node) is None else number(constant(node))
@@ -150,8 +158,10 @@ class _Kernel:
             return
         sources = [n for n in node.all_input_nodes if n not in self.constants]
         if isinstance(node.meta.get("val"), Tensor):
-            counts = target is aten.sum.dim_IntList and is_mask(node.args[0])
-            if node.meta["val"].dtype not in (torch.float32, torch.bool) and not counts:
+            exact = target in SAME or target is aten.where.self or self._is_view(node) \
+                or (target is aten.sum.dim_IntList and is_mask(node.args[0]))
+            if node.meta["val"].dtype not in (torch.float32, torch.bool) \
+                    and not (exact and is_integer(node)):  # floating numbers hold them exactly
                 raise Unsupported(f"the loop computes {node.meta['val'].dtype} numbers")
             if not sources:
                 self.constants[node] = expression(node, self.constants.__getitem__)
@@ -170,7 +180,8 @@ class _Kernel:
             raise no_rule(target)
         elif self._is_view(node):
             self._view(node)
-        elif target in SAME and is_mask(node) == is_mask(node.args[0]):
+        elif target in SAME and is_mask(node) == is_mask(node.args[0]) \
+                and is_integer(node) <= is_integer(node.args[0]):
             self.places[node] = self.places[cast(Node, node.args[0])]
         else:
             inner = self.axes.inner(node)
@@ -442,7 +453,7 @@ class _Kernel:
         for k in range(count):
             lines += [f"  S* p{k} = a[{k}].data + at[{k}]{rest.format(k)};",
                       f"  const int64_t m{k} = a[{k}].pitch, q{k} = a[{k}].strides[AXES - 1];"]
-        lines += [f"  const int64_t d{k} = a[{k}].step;" for k in moving]
+        lines += [f"  const int64_t d{k} = a[{k}].step;" for k in moving] + self.tables
         lines += [f"  {'V' if p.lane else 'alignas(64) S'} {p.buffer}"
                   f"[{p.extent} * {'N' if p.lane else 'R'}];" for p in local]
         for head in stored:

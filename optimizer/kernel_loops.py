@@ -20,6 +20,9 @@ COMBINED = {"sum": ("V(S(0))", "{0} + {1}"),
             "amin": ("V(std::numeric_limits<S>::infinity())", "at::vec::minimum({0}, {1})")}
 
 
+TABLE = "table"  # what constant arrays are called
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a value's elements lie: [i, j] at offset + i · strides[0] + j · strides[1]."""
@@ -48,6 +51,8 @@ class Place:
     @property
     def row(self) -> str:
         """From one row to the next."""
+        if self.buffer.startswith(TABLE):
+            return "0"
         return str(self.extent) if self.extent else f"q{self.buffer[1:]}"
 
     def element(self, index: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -37,6 +38,7 @@ from .facts import (
     value,
 )
 
+SMALL = 1 << 12  # elements of constant tensors that are compared
 FEW = 3  # equal operations: two may be one step that begins with equal states
 MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
@@ -172,7 +174,8 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
         if node.op not in ("call_function", "get_attr") or not is_pure(node):
             continue
         leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-        key = (node.op, node.target, repr(spec), tuple(
+        target = node.target if node.op == "call_function" else _held(graph_module, node)
+        key = (node.op, target, repr(spec), tuple(
             first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
         ))
         alike = seen.setdefault(key, [])
@@ -192,6 +195,16 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
             behind = place[anchor][0]
             ends.setdefault(behind, anchor).append(node)
             ends[behind], place[node] = node, (behind, number)
+
+
+def _held(graph_module: GraphModule, node: Node) -> Any:
+    """What tells an attribute from others: a constant tensor's dtype, device, shape and bytes."""
+    held = getattr(graph_module, str(node.target))
+    if type(held) is not Tensor or held.numel() > SMALL or held.layout is not torch.strided:
+        return node.target
+    numbers = held.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return (held.dtype, held.device, held.shape, held.requires_grad,
+            numbers.view(torch.uint8).numpy().tobytes())
 
 
 def sink_reads(graph_module: GraphModule) -> None:

@@ -17,8 +17,8 @@ TEMPLATES = {
     **{name: f"{{0}}.{name}()" for name in (
         "exp", "log", "sqrt", "rsqrt", "reciprocal", "tanh", "neg", "abs", "sin", "cos", "erf",
         "expm1", "log1p", "floor", "ceil", "trunc", "round", "tan", "sinh", "cosh", "asin", "acos",
-        "atan", "erfc", "exp2", "log2", "log10")},
-    **{name: f"{{0}}.{name}({{1}})" for name in ("atan2", "fmod", "hypot")},
+        "atan", "erfc", "erfinv", "exp2", "log2", "log10")},
+    **{name: f"{{0}}.{name}({{1}})" for name in ("atan2", "fmod", "hypot", "copysign")},
     "mul": "{0} * {1}", "div": "{0} / {1}", "add": "{0} + {alpha} * {1}",
     "sub": "{0} - {alpha} * {1}", "rsub": "{1} - {alpha} * {0}",
     **dict.fromkeys(("maximum", "clamp_min"), "at::vec::maximum({0}, {1})"),
@@ -48,6 +48,11 @@ def no_rule(target: Any) -> Unsupported:
 def is_mask(leaf: Any) -> bool:
     return isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor) \
         and leaf.meta["val"].dtype == torch.bool
+
+
+def is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor) \
+        and leaf.meta["val"].dtype == torch.int64
 
 
 def number(leaf: Any) -> str:
@@ -87,6 +92,8 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
 
     args: tuple[Any, ...] = node.args
     masks = [is_mask(leaf) for leaf in args]
+    if node.target in SAME and is_integer(node) and not is_integer(args[0]) and not masks[0]:
+        return f"{plain(args[0])}.trunc()"
     if node.target in SAME:
         return f"({plain(args[0])} != V(S(0)))" if is_mask(node) and not masks[0] else \
             plain(args[0]) if is_mask(node) else value(args[0])
@@ -110,9 +117,9 @@ def expression(node: Node, read: Callable[[Node], str]) -> str:
             if bound is not None:
                 text = f"at::vec::{function}({text}, {value(bound)})"
         return text
-    if name == "pow" and isinstance(args[1], (int, float)):
-        known = POWERS.get(float(args[1]))
-        return known.format(value(args[0])) if known else f"{value(args[0])}.pow({number(args[1])})"
+    if name == "pow":
+        known = POWERS.get(args[1]) if isinstance(args[1], (int, float)) else None
+        return (known or "{0}.pow({1})").format(*map(value, args))
     template = TEMPLATES.get(name)
     if template is None or set(node.kwargs) - {"alpha"}:
         raise no_rule(node.target)

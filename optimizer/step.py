@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from textwrap import dedent
@@ -12,12 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
+from .composed import RULES, Early
 from .facts import aten
 from .pointwise import Unsupported
 
@@ -27,132 +25,6 @@ VMAP = [getattr(torch._C.DispatchKey, name) for name in (
 Step = Callable[..., list[Tensor]]
 Sizes = tuple[int, ...]
 Counts = tuple[int, int, int]  # of carries, slices and invariants
-
-COMPOSED = [  # not core, or core but not simple
-    aten.gelu, aten.gelu_backward, aten.elu, aten.elu_backward, aten.leaky_relu,
-    aten.leaky_relu_backward, aten.hardtanh, aten.hardsigmoid, aten.hardswish,
-    aten._softmax_backward_data, aten._log_softmax_backward_data, aten.native_layer_norm_backward,
-    aten.logsumexp, aten.mv, aten.dot, aten.addmv, aten.baddbmm,
-]
-
-
-def _listed(x: Tensor, axes: Any) -> list[int]:
-    """The axes that an operation is given: a list, one, or none for all."""
-    return [axes] if isinstance(axes, int) else list(axes or range(x.dim()))
-
-
-def _mean(x: Tensor, axes: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    axes = _listed(x, axes)
-    return x.sum(axes, keepdim).div(math.prod(x.shape[a] for a in axes))
-
-
-def _var(x: Tensor, axes: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    axes = _listed(x, axes)
-    apart = x - _mean(x, axes, True)
-    count = math.prod(x.shape[a] for a in axes) - (1 if correction is None else correction)
-    return (apart * apart).sum(axes, keepdim).div(count)
-
-
-def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    product = a @ b
-    return (c if beta == 1 else c * beta) + (product if alpha == 1 else product * alpha)
-
-
-def _softmax(x: Tensor, axis: int, half_to_float: bool) -> Tensor:
-    powers = torch.exp(x - x.amax(axis, True))
-    return powers / powers.sum(axis, True)
-
-
-def _log_softmax(x: Tensor, axis: int, half_to_float: bool) -> Tensor:
-    apart = x - x.amax(axis, True)
-    return apart - apart.exp().sum(axis, True).log()
-
-
-def _layer_norm(
-    x: Tensor, sizes: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    axes = list(range(x.dim() - len(sizes), x.dim()))
-    mean = _mean(x, axes, True)
-    apart = x - mean
-    scale = torch.rsqrt(_mean(apart * apart, axes, True) + eps)
-    made = apart * scale
-    made = made if weight is None else made * weight
-    return (made if bias is None else made + bias), mean, scale
-
-
-def _addcmul(c: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return c + (a if value == 1 else value * a) * b
-
-
-def _addcdiv(c: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return c + (a if value == 1 else value * a) / b
-
-
-def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    small = torch.exp(-x.abs())
-    return x.clamp(max=0) - torch.log1p(small), small
-
-
-def _log_sigmoid_backward(grad: Tensor, x: Tensor, small: Tensor) -> Tensor:
-    negative = (x < 0).to(x)
-    return grad * (negative - (2 * negative - 1) * (small / (small + 1)))
-
-
-def _norm(
-    x: Tensor, order: Any = 2, axes: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Any:
-    axes = _listed(x, axes)
-    if dtype is not None or order not in (1, 2, math.inf):
-        return NotImplemented
-    if order == math.inf:
-        return x.abs().amax(axes, keepdim)
-    return x.abs().sum(axes, keepdim) if order == 1 else (x * x).sum(axes, keepdim).sqrt()
-
-
-def _pad(x: Tensor, sizes: Sequence[int], number: Any = 0) -> Tensor:
-    for axis, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), start=1):
-        x = x.narrow(-axis, max(-before, 0), x.shape[-axis] - max(-before, 0) - max(-after, 0))
-
-        def filled(count: int, x: Tensor = x, axis: int = axis) -> list[Tensor]:
-            place = x.dim() - axis
-            sizes = [*x.shape[:place], count, *x.shape[place + 1 :]]
-            return [x.new_full(sizes, number)] if count > 0 else []
-
-        x = torch.cat([*filled(before), x, *filled(after)], -axis)
-    return x
-
-
-def _roll(x: Tensor, shifts: Sequence[int], axes: Sequence[int] = ()) -> Tensor:
-    if not axes:
-        return _roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
-    for shift, axis in zip(shifts, axes, strict=True):
-        kept = -shift % x.shape[axis]
-        if kept:
-            first, last = torch.tensor_split(x, [kept], axis)
-            x = torch.cat([last, first], axis)
-    return x
-
-
-def _repeat(x: Tensor, times: Sequence[int]) -> Any:
-    x = x.reshape([*[1] * (len(times) - x.dim()), *x.shape])
-    for axis, count in enumerate(times):
-        x = torch.cat([x] * count, axis) if count > 1 else x
-    return x if 0 not in times else NotImplemented
-
-
-KEPT = (aten.slice_scatter.default, aten.select_scatter.default)  # which the kernel has rules for
-RULES = {
-    **core_aten_decompositions(), **get_decompositions(COMPOSED),
-    aten.mean.dim: _mean, aten.mean.default: _mean, aten.addmm.default: _addmm,
-    aten.addcmul.default: _addcmul, aten.var.correction: _var, aten._softmax.default: _softmax,
-    aten._log_softmax.default: _log_softmax, aten.native_layer_norm.default: _layer_norm,
-    aten.addcdiv.default: _addcdiv,
-    aten.log_sigmoid_forward.default: _log_sigmoid, aten.roll.default: _roll,
-    aten.log_sigmoid_backward.default: _log_sigmoid_backward, aten.repeat.default: _repeat,
-    aten.linalg_vector_norm.default: _norm, aten.constant_pad_nd.default: _pad,
-}
-for kept in KEPT:
-    RULES.pop(kept, None)
 RENAMED: dict[Any, Any] = {
     aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default,
     aten.squeeze_.dim: aten.squeeze.dim,  # of a product that has no other reader
@@ -177,6 +49,45 @@ def step_function(source: str) -> Step:
 def traced(source: str, sizes: tuple[Sizes, ...]) -> GraphModule:
     """The step in core operations, on arguments of these sizes."""
     made: GraphModule = aside(lambda: functional_graph(step_function(source), sizes))
+    _tabulate(made)
+    return made
+
+
+def _tabulate(graph_module: GraphModule) -> None:
+    """What no argument reaches and is no one number, as tables; without those whose numbers
+    would be others in float64."""
+    graph, known = graph_module.graph, dict[Node, tuple[Tensor, Tensor]]()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known[node] = (getattr(graph_module, str(node.target)),) * 2
+        elif _is_constant(node, known):
+            known[node] = tuple(_evaluated(node, known, k) for k in (0, 1))  # type: ignore[assignment]
+    for node, (single, double) in known.items():
+        if node.op == "call_function" and any(user not in known for user in node.users) \
+                and single.numel() > 1 and bool((single != single.reshape(-1)[0]).any()) \
+                and torch.equal(single.double(), double.double()):
+            name = f"table_of_{node.name}"
+            graph_module.register_buffer(name, single, persistent=False)
+            with graph.inserting_before(node):
+                table = graph.get_attr(name)
+            table.meta["val"] = single
+            node.replace_all_uses_with(table)
+    graph.eliminate_dead_code()
+
+
+def _is_constant(node: Node, known: Mapping[Node, Any]) -> bool:
+    return isinstance(node.target, OpOverload) and "empty" not in str(node.target) \
+        and isinstance(node.meta.get("val"), Tensor) and not node.is_impure() \
+        and torch.Tag.nondeterministic_seeded not in node.target.tags \
+        and all(n in known for n in node.all_input_nodes)
+
+
+def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: int) -> Tensor:
+    """What a constant node computes, in float64 if `wide`."""
+    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n][wide])
+    if wide:
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+    made: Tensor = cast(OpOverload, node.target)(*args, **kwargs)
     return made
 
 
@@ -198,26 +109,6 @@ def over_steps(function: Callable[..., Any], moves: Sequence[bool], args: Sequen
         return torch.vmap(function, in_dims=tuple(0 if m else None for m in moves))(*args)
 
 
-class AnyDtype(TorchFunctionMode):
-    """Takes apart what would be traced with a number that depends on the dtype of the trace."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.rms_norm, torch.nn.functional.rms_norm):
-            return _rms_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _rms_norm(
-    x: Tensor, sizes: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    if eps is None:
-        raise Unsupported("the loop computes rms_norm with an eps that its dtype gives")
-    made = x * torch.rsqrt(_mean(x * x, list(range(-len(sizes), 0)), True) + eps)
-    return made if weight is None else made * weight
-
-
 def functional_graph(
     function: Callable[..., Any], sizes: Sequence[Sizes], kept: Sequence[OpOverload] = ()
 ) -> GraphModule:
@@ -225,11 +116,14 @@ def functional_graph(
     in place."""
     rules = {target: rule for target, rule in RULES.items() if target not in kept}
     try:
-        with AnyDtype():
+        with Early():
             made = make_fx(torch.func.functionalize(function), decomposition_table=rules)(
                 *halves(sizes))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise Unsupported("the loop factorizes matrices or solves linear systems") from error
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(f"the loop's step can't be traced ({reason})") from error
     reshaped(made)
     return made
 

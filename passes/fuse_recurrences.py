@@ -45,7 +45,12 @@ class FuseRecurrences:
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for scan in facts.operations:
-            if not is_scan(scan) or trips(scan) < (FEWEST if only_iterates(scan) else FEW):
+            if not is_scan(scan):
+                continue
+            fewest = FEWEST if only_iterates(scan) else FEW
+            if trips(scan) < fewest:
+                reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
+                yield Skip(self.name, reason, source_line(scan))
                 continue
             found = fusible(scan, by_kernel)
             if isinstance(found, Unsupported):

@@ -49,6 +49,26 @@ SHAPED = [
     "torch.nn.functional.pad(h, (1, -1, 2, 0)).sum(0) * h[:1, :1]", "h.roll(1, -1)",
     "h.roll((1, -2), (0, 1))", "h.roll(2)", "h.repeat(1, 2)[:, 2:7]", "h.repeat(2, 1, 1).sum(0)",
     "torch.rms_norm(h, (5,), eps=1e-5) + torch.nn.functional.rms_norm(h, (5,), x[0], 1e-3)",
+    "h.flip(-1) + h.flip((0, 1))", "h.cumsum(-1) + h.cumsum(0)",
+    "torch.ops.aten.cumprod.default(h, 1)", "torch.ops.aten.prod.dim_int(h, 1, True) * h",
+    "torch.ops.aten.prod.dim_int(h, 0) + torch.ops.aten.prod.default(0.1 * h)",
+    "torch.remainder(h, 0.7)",
+    "torch.remainder(h, x)", "torch.div(h, 0.3, rounding_mode='floor') * h",
+    "torch.div(h, x, rounding_mode='trunc') + torch.div(x, h, rounding_mode='floor')",
+    "torch.std_mean(h, 1, keepdim=True)[0] * torch.var_mean(h)[1]", "torch.copysign(h, x)",
+    "torch.ops.aten.max.dim(h, -1, True)[0] + torch.ops.aten.min.dim(h, 0)[0]",
+    "torch.ops.aten.max.default(h) - torch.ops.aten.min.default(h) * h",
+    "torch.ops.aten.one_hot.default(torch.ops.aten.argmax.default(h, 1), 5).to(h) * h",
+    "(torch.ops.aten.argmin.default(h, 0, True) == 1) * h + (torch.ops.aten.argmax.default(h) > 7)",
+    "h[:, :, None].expand(3, 5, 5).tril(1).sum(1) + h.expand(2, 3, 5).triu(-1).sum(0)",
+    "torch.diag_embed(h).sum(1) * torch.ops.aten.diagonal.default(h[:, :3], 1).sum()",
+    "torch.where((h > 0).any(1, keepdim=True), h, x) * (h > -1).all()",
+    "torch.where(torch.isinf(h) | torch.isfinite(x), h.trunc().long().to(h), x) + h",
+    "torch.nn.functional.group_norm(h, 5) * torch.nn.functional.group_norm(h, 1, x[0], x[1])",
+    "torch.ops.aten._native_batch_norm_legit.no_stats(h, None, None, True, 0.1, 1e-5)[0]",
+    "torch.logaddexp2(h, x)",
+    "torch.nn.functional.softshrink(h) + torch.nn.functional.hardshrink(h)", "(h.abs() + 1) ** x",
+    "2 ** torch.tanh(h) + torch.erfinv(0.5 * torch.tanh(h))",
 ]
 
 
@@ -366,11 +386,33 @@ def test_it_is_a_proper_operator() -> None:
     torch.library.opcheck(scan_operator, (GRU, *cell, [0], False))
 
 
+def test_of_equals_the_first_is_chosen_and_gets_the_gradient() -> None:
+    step = """
+def step(h, x):
+    most, place = torch.ops.aten.max.dim(x, 1)
+    h = 0.5 * h + most + torch.ops.aten.min.dim(x, 1)[0]
+    return [h, h * place]
+"""
+    x = torch.tensor([[1.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, -0.0, torch.nan, 5.0]])
+    for given in (x[None, :2], x[None, :2].flip(2)):
+        same(step, [random(2)], [given.double().requires_grad_()], [], 1)
+    assert_close(list(fused_scan(step, [torch.ones(3)], [x[None]], [], [0])),
+                 list(plain(step, [torch.ones(3)], [x[None]], [])), equal_nan=True)
+
+
+def test_kernels_with_tables_of_their_own_in_one_process() -> None:
+    """A static table of a template is one for all libraries that a process loads."""
+    for k in (-2, 0, 1):
+        step = f"def step(h, x):\n    return [(h[:, None] + x).tril({k}).sum(1) / 9]\n"
+        same(step, [random(4)], [random(3, 4, 4)], [], 0)
+
+
 @pytest.mark.parametrize(("expression", "reason"), [
     ("torch.special.gammaln(h)", "has no rule for"),
     ("torch.rms_norm(h, (4,))", "an eps that its dtype gives"),
-    ("torch.cumsum(h, 0)", "has no rule for"),
-    ("h.long().to(h)", "torch.int64 numbers"), ("h + torch.rand_like(h)", "has no rule for"),
+    ("torch.cummax(h, 0)[0]", "has no rule for"),
+    ("(h.long() + 1).to(h)", "torch.int64 numbers"), ("h.floor_divide(2)", "not implemented"),
+    ("h + torch.rand_like(h)", "has no rule for"),
     ("h.sort()[0]", "has no rule for"), ("h[torch.tensor([2, 1, 0, 0])]", "has no rule for"),
 ])
 def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:

@@ -204,10 +204,10 @@ def counts(m: Any, x: Tensor) -> Tensor:
     return h
 
 
-def remainder(m: Any, x: Tensor) -> Tensor:
+def greatest_so_far(m: Any, x: Tensor) -> Tensor:
     h = x[:, 0]
     for t in range(x.shape[1]):
-        h = torch.remainder(h, x[:, t])
+        h = torch.cummax(h * x[:, t], 1)[0]
     return h
 
 
@@ -235,7 +235,7 @@ def reasons(model: nn.Module, x: Tensor, *without: str) -> list[str]:
 
 def scaled_after(m: Any, x: Tensor) -> Tensor:
     """What the scan reads is computed by an operation that kernels have no rule for."""
-    h, outputs, turned = torch.zeros_like(x[:, 0]), [], torch.atan2(m.a(x), x.new_ones(()))
+    h, outputs, turned = torch.zeros_like(x[:, 0]), [], torch.special.i0(m.a(x))
     for t in range(x.shape[1]):
         h = torch.tanh(h + turned[:, t])
         outputs.append(h)
@@ -263,7 +263,7 @@ def test_what_the_scan_reads(forward: Forward) -> None:
     (sorts, "the loop computes sort, which the kernel has no rule for"),
     (several_dtypes, "its values are not all of one floating dtype on one device"),
     (counts, "its values are not all of one floating dtype on one device"),
-    (remainder, "the loop computes remainder, which the kernel has no rule for"),
+    (greatest_so_far, "the loop computes cummax, which the kernel has no rule for"),
     (quotient, "the loop divides by complex numbers"),
     (complex_root, "the loop computes sqrt of complex numbers"),
 ])
@@ -272,7 +272,61 @@ def test_skips(forward: Forward, reason: str) -> None:
 
 
 def test_short_loops_are_not_worth_a_kernel() -> None:
-    assert reasons(Model(gated), torch.randn(3, 8, 4)) == []
+    told = reasons(Model(gated), torch.randn(3, 8, 4))
+    assert told == ["8 steps: a kernel is built for 16 and more"]
+
+
+def viterbi(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The best score of each state, and the state before it."""
+    score, before = x[:, 0], []
+    for t in range(1, x.shape[1]):
+        best, place = (score[:, :, None] + m.a.weight).max(1)
+        score = best + x[:, t]
+        before.append(place)
+    return score, torch.stack(before, 1)
+
+
+def chosen(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is chosen is fed back, as one of its kind, and told as a number."""
+    h, choices = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        choice = (m.a(h) + x[:, t]).argmax(-1)
+        h = torch.tanh(m.b(nn.functional.one_hot(choice, 4).to(x)) * h + x[:, t])
+        choices.append(choice)
+    return h, torch.stack(choices)
+
+
+@pytest.mark.parametrize("forward", [viterbi, chosen])
+def test_integers_that_a_step_chooses(forward: Forward) -> None:
+    model, x = Model(forward), torch.randn(3, STEPS, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False)
+    assert "fused_scan" in fast.code
+    assert_close(fast(x), model(x))
+    assert fast(x)[1].dtype == torch.int64
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    grads = [torch.autograd.grad(run(x)[0].sum(), x)
+             for run, x in zip((model, fast), given, strict=True)]
+    assert_close(grads[1], grads[0])
+
+
+def test_integers_are_not_told_in_half_precision() -> None:
+    """bfloat16 holds no integer above 256 exactly."""
+    told = reasons(Model(chosen).bfloat16(), torch.randn(3, STEPS, 4).bfloat16())
+    assert told == ["its results are integers, and its values of half precision"]
+
+
+def constant_gains(m: Any, x: Tensor) -> Tensor:
+    h = torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        h = torch.tanh(h * torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=x.dtype) + x[:, t])
+    return h
+
+
+def test_constants_that_every_step_makes_are_one() -> None:
+    test_fires_with_the_same_values_and_gradients(constant_gains)
+    x = torch.randn(3, STEPS, 4)
+    code = looplift.apply_passes(Model(constant_gains), (x,), measure=False).code
+    assert code.count("_constant") == 1
 
 
 def test_no_compiler() -> None:
