@@ -141,7 +141,18 @@ class EachLength:
             self._verify(self._at, todo)
             self.leaves = self._resized(found.first)  # it lives on
             return Chosen(selection, self, found.first, str(why))
-        return Chosen(selection, _always(one), self._shortest(one))
+        least = self._shortest(one)
+        self.leaves = self._resized(found.first)
+        most = tuple(max(lengths) for lengths in zip(chosen_at, *todo, strict=True))
+        return Chosen(selection, UpToLength(self, one, most), least)
+
+    def agrees(self, made: nn.Module, leaves: Sequence[Any]) -> bool:
+        """Whether a module gives the model's results on these inputs, up to rounding."""
+        try:
+            return self._differs(made, leaves, "inference", double=False) is None
+        except Exception:
+            log.exception("looplift failed to compare; the original runs")
+            return False
 
     def __call__(self, leaves: Sequence[Any]) -> nn.Module:
         """The module for the length of `leaves`, verified on these.
@@ -245,6 +256,24 @@ class EachLength:
 
     def _resized(self, lengths: Lengths) -> list[Any]:
         return self.found.resized(self.leaves, lengths)
+
+
+@dataclass
+class UpToLength:
+    """One module for all lengths: what a model does with longer inputs than it was compared on,
+    such as to refuse or to cut them, is seen at the first call."""
+
+    each: EachLength
+    module: nn.Module
+    most: Lengths
+
+    def __call__(self, leaves: Sequence[Any]) -> nn.Module:
+        lengths = tuple(free.of(leaves) or 0 for free in self.each.found.frees)
+        if any(n > most for n, most in zip(lengths, self.most, strict=True)):
+            if not self.each.agrees(self.module, leaves):
+                return self.each.model
+            self.most = tuple(map(max, lengths, self.most))
+        return self.module
 
 
 def _always(module: nn.Module) -> Make:

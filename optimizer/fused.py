@@ -58,7 +58,8 @@ def fused_scan(
 
     `step` is the source of a function `step`: `step(*carries, *slice, *invariants)` returns the
     next carries, then this step's outputs. `slices` hold one step along axis 0 each. In
-    `reverse` the last step is the first. All tensors have one real floating dtype.
+    `reverse` the last step is the first. All tensors have one real floating dtype. Raises
+    `ValueError` where slices differ in how many steps they hold.
 
     >>> step = "def step(total, x):\\n    total = total + x\\n    return [total, total]"
     >>> fused_scan(step, [torch.zeros(2)], [torch.ones(3, 2)], [], [0])[1]
@@ -104,6 +105,8 @@ def _run(
 ) -> list[Tensor]:
     """`fused_scan`, results in any layout; outputs may be written over slices that are `spent`."""
     given, first = (*carries, *slices, *invariants), carries[0]
+    if any(t.shape[0] != slices[0].shape[0] for t in slices):
+        raise ValueError(f"slices hold {[t.shape[0] for t in slices]} steps, not equally many")
     if any((t.device, t.dtype) != (first.device, first.dtype) for t in given):
         return _plain(step, carries, slices, invariants, axes, reverse)
     if first.dtype in HALVES:

@@ -356,6 +356,16 @@ def test_gradients_are_finite_where_the_loop_has_finite_ones(expression: str) ->
     assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_slices_of_fewer_steps_are_refused(steps: int, kernel: bool) -> None:
+    """A kernel would read what lies behind the shorter one."""
+    step = "def step(h, x, y):\n    h = h + x + y\n    return [h, h]\n"
+    with mock.patch.object(fused, "KINDS", fused.KINDS if kernel else ()), \
+            pytest.raises(ValueError, match="not equally many"):
+        fused_scan(step, [random(2)], [random(200, 2), random(steps, 2)], [], [0])
+
+
 def test_gradients_of_gradients() -> None:
     given = (random(3, grad=True), random(4, 3, grad=True), random(4, 3, grad=True),
              random(3, grad=True))

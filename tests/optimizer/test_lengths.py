@@ -15,6 +15,7 @@ from looplift.models import alternating_patches, dilated_attention, eigenstate
 from looplift.optimizer import every_length, lengths
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
+from looplift.optimizer.verify import verify_once
 from looplift.passes import ORDER
 from looplift.passes.batch_timesteps import BatchTimesteps
 from looplift.passes.fuse_recurrences import FuseRecurrences
@@ -469,3 +470,56 @@ def test_no_length_beyond_the_longest_that_is_allowed(most: int, says: str) -> N
     fast = optimized(model, *long(12), dynamic_shapes=({1: Dim("T", max=most)},))
     assert fast.report.signatures[0].failure is None
     assert says in told(fast)
+
+
+def doubled_where_long(m: Any, x: Tensor) -> Tensor:
+    if x.shape[1] > 700:
+        raise ValueError("too long")
+    total = scaled_sum(m, x)
+    return total * 2 if x.shape[1] > 500 else total
+
+
+def scaled_sum(m: Any, x: Tensor) -> Tensor:
+    total = x[:, 0]
+    for t in range(x.shape[1]):
+        total = torch.tanh(m.a(total)) + x[:, t]
+    return total
+
+
+def test_longer_inputs_than_were_compared_are_compared_once() -> None:
+    model = Model(doubled_where_long)
+    fast = optimized(model, *long())
+    assert told(fast).startswith("one program")
+    for length in (333, 450, 501, 600, 450):
+        same(fast, model, *long(length))
+    with pytest.raises(ValueError, match="too long"):
+        fast(*long(701))
+    assert len(fast.report.signatures) == 1
+
+
+def test_longer_inputs_are_compared_no_second_time() -> None:
+    model = Model(scaled_sum)
+    fast = optimized(model, *long())
+    with torch.no_grad(), mock.patch.object(
+        every_length, "verify_once", wraps=verify_once) as compared:
+        for length in (900, 900, 800, 700, 950):
+            assert_close(fast(*long(length)), model(*long(length)))
+    assert compared.call_count == 2
+
+
+def every_third(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + m.b(x[:, t]))
+        h = h * 0.5 if t % 3 == 2 else h
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def test_shorter_lengths_than_were_traced_are_tried() -> None:
+    """At some of them the steps of the one program do not fit together."""
+    model = Model(every_third)
+    fast = optimized(model, *long(180), mode="inference")
+    for length in (1, 2, 3, 5, 6, 7, 30, 181):
+        with torch.no_grad():
+            assert_close(fast(*long(length)), model(*long(length)))
