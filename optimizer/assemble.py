@@ -10,7 +10,18 @@ from torch.utils import _pytree as pytree
 
 from .builder import Builder
 from .facts import aten, is_tensor, shape, value
-from .fold import WITH_TENSOR, Carried, Constant, Invariant, Local, Loop, Source, Varying, Write
+from .fold import (
+    WITH_TENSOR,
+    Carried,
+    Constant,
+    Invariant,
+    Local,
+    Loop,
+    Source,
+    Varying,
+    Write,
+    filled,
+)
 from .interleave import write_windows
 from .reads import lanes
 
@@ -119,6 +130,11 @@ class _Assembly:
         return self._head("slice", stacked, value(self.loop.stretch.operations[place]), key)
 
     def _operation(self, place: int, node: Node) -> Node:
+        number = filled(node)
+        if number is not None:
+            fill = self.loop.sources[place][number]
+            if isinstance(fill, Varying):
+                return self._filled(node, fill)
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
         target: Any = node.target
@@ -127,6 +143,16 @@ class _Assembly:
         made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(node.meta.items())
         return made
+
+    def _filled(self, node: Node, numbers: Varying) -> Node:
+        """A tensor filled with a number of each step's own."""
+        kind = torch.float64 if value(node).dtype.is_floating_point else torch.int64
+        one = self._numbers(node, numbers.items, kind)
+        made = self.graph.call_function(aten.to.dtype, (one, value(node).dtype))
+        made.meta = {**node.meta, "val": value(one).to(value(node).dtype)}
+        spread = self.graph.call_function(aten.expand.default, (made, list(shape(node))))
+        spread.meta = {**node.meta, "val": value(made).expand(shape(node))}
+        return spread
 
     def _argument(self, node: Node, source: Source) -> Any:
         match source:
@@ -153,17 +179,22 @@ class _Assembly:
 
     def _table(self, node: Node, items: tuple[Any, ...]) -> Node:
         """A schedule: one number, or one constant tensor, for each step."""
-        key = ("table", items)
-        if key in self.known:
-            return self.known[key]
         if isinstance(items[0], Node):
+            if items in self.known:
+                return self.known[items]
             held = self.build.call(aten.stack.default, list(items))
-            return self._head("slice", held, value(items[0]), key)
+            return self._head("slice", held, value(items[0]), items)
         # Python floats are doubles, and as 0-d tensors promote none but tensors of integers
         floating = any(isinstance(i, float) for i in items)
         integers = all(_is_integral(value(n)) for n in node.all_input_nodes if is_tensor(n))
         dtype = (torch.get_default_dtype() if integers else torch.float64) if floating \
             else torch.int64
+        return self._numbers(node, items, dtype)
+
+    def _numbers(self, node: Node, items: tuple[Any, ...], dtype: torch.dtype) -> Node:
+        key = ("table", items, dtype)
+        if key in self.known:
+            return self.known[key]
         held = self.build.table(items, value(node).device, dtype)
         return self._head("slice", held, value(held)[0], key)
 

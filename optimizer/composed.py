@@ -186,6 +186,25 @@ def _shrink_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     return torch.where((x >= -threshold) & (x <= threshold), 0.0, grad)
 
 
+def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """PyTorch's, whose sixth is that of float32 in any dtype."""
+    return torch.where((x > -3) & (x < 3), grad * 0.1666666716337204, 0.0)
+
+
+def _smooth_l1_backward(
+    grad: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float
+) -> Tensor:
+    """PyTorch's, with NaN where an input is NaN."""
+    apart = x - target
+    grad = grad / apart.numel() if reduction == 1 else grad
+    inside = apart * grad / beta if beta else apart * torch.inf
+    return torch.where(apart <= -beta, -grad, torch.where(apart >= beta, grad, inside))
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x).expand(x.shape)
+
+
 def _var_mean(
     x: Tensor, axes: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -303,6 +322,9 @@ RULES = {
     aten.remainder.Tensor: _remainder, aten.remainder.Scalar: _remainder,
     **dict.fromkeys((aten.softshrink_backward.default, aten.hardshrink_backward.default),
                     _shrink_backward),
+    aten.copy.default: _copy,
+    aten.hardsigmoid_backward.default: _hardsigmoid_backward,
+    aten.smooth_l1_loss_backward.default: _smooth_l1_backward,
     aten.div.Tensor_mode: _div, aten.div.Scalar_mode: _div,
 }
 for kept in KEPT:

@@ -23,6 +23,9 @@ def doubled(tensor: Tensor) -> Tensor:
 PLAIN = (int, float, bool, complex, str, type(None), torch.device, torch.layout,
          torch.memory_format)
 LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+aten = torch.ops.aten
+PROMOTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.rsub.Scalar,
+             aten.pow.Tensor_Scalar)  # of a mask or integers and a number: the default dtype
 
 
 class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -42,6 +45,8 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not kwargs and not any(map(_may_be_narrow, args)) and func not in LIFTED:
             result = func(*args)  # most operations of a loop: no tree is walked for them
+            if isinstance(result, Tensor) and result.dtype in WIDER and func in PROMOTING:
+                return func(*(a.double() if isinstance(a, Tensor) else a for a in args))
             return doubled(result) if isinstance(result, Tensor) and not func.is_view else result
         kwargs = dict(kwargs)
         if kwargs.get("dtype") in WIDER:

@@ -401,7 +401,7 @@ def _check_varying(column: list[Node], source: Varying, slot: int, late: bool) -
         return
     if any(not isinstance(item, (int, float)) for item in source.items):
         raise Misfit("an option of the operation varies from trip to trip", node)
-    if slot != 1 or node.target not in WITH_TENSOR:
+    if slot != filled(node) and (slot != 1 or node.target not in WITH_TENSOR):
         raise Misfit(f"a number given to {node.target} varies from trip to trip", node)
 
 
@@ -420,6 +420,15 @@ WITH_TENSOR = {
     aten.bitwise_right_shift.Tensor_Scalar: aten.bitwise_right_shift.Tensor,
     aten.bitwise_left_shift.Tensor_Scalar: aten.bitwise_left_shift.Tensor,
 }
+
+
+FILLS = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
+
+
+def filled(node: Node) -> int | None:
+    """Which of the flat arguments is the number that fills a tensor."""
+    place = FILLS.get(cast(Any, node.target))
+    return None if place is None else len(pytree.tree_leaves(node.args[:place]))
 
 
 def _check_start(result: Node, source: Carried, node: Node) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,11 +32,12 @@ SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 @dataclass(frozen=True)
 class Fusible:
-    """What a scan's steps read, their source, and numbers that are their last invariants."""
+    """What a scan's steps read, their source, and numbers that are their last invariants; None
+    for the distance from one to the next number of their dtype."""
 
     given: Sunk
     step: str
-    numbers: tuple[float, ...]
+    numbers: tuple[float | None, ...]
 
 
 def fusible(scan: Node, runs: Runs) -> Fusible | Unsupported:
@@ -77,8 +78,7 @@ def call(build: Builder, found: Fusible) -> list[Node]:
     carries, slices, invariants = (
         [part for node in nodes for part in _real(build, node, starts[0])]
         for nodes in (starts, slices, invariants))
-    invariants += [build.call(aten.full.default, [], number, dtype=value(carries[0]).dtype,
-                              device=value(carries[0]).device) for number in found.numbers]
+    invariants += [_number(build, number, carries[0]) for number in found.numbers]
     stacked = {int(cast(int, r.args[1])): stacked_as(r)[1] for r in given.scan.users}
     axes = [stacked.get(k, 0) for k, r in enumerate(results) if k >= len(starts)
             for _ in range(1 + is_complex(r))]
@@ -93,9 +93,19 @@ def _real(build: Builder, node: Node, like: Node) -> list[Node]:
     if is_complex(node):
         both = build.call(aten.view_as_real.default, build.call(aten.resolve_conj.default, node))
         return [build.call(aten.select.int, both, -1, k) for k in (0, 1)]
-    if value(node).dtype is torch.bool:
-        return [build.call(aten.to.dtype, node, value(like).dtype.to_real())]
-    return [node]
+    wanted = value(like).dtype.to_real()
+    return [node if value(node).dtype == wanted else build.call(aten.to.dtype, node, wanted)]
+
+
+def _number(build: Builder, number: float | None, like: Node) -> Node:
+    def full(number: float) -> Node:
+        return build.call(aten.full.default, [], number, dtype=value(like).dtype,
+                          device=value(like).device)
+
+    if number is not None:
+        return full(number)
+    after = build.call(aten.nextafter.default, full(1), full(2))
+    return build.call(aten.sub.Tensor, after, full(1))
 
 
 def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
@@ -125,8 +135,9 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     tensors = [n for n in pairs.graph.nodes if is_tensor(n)]
     states = {*heads[:held], *results[:held]}
     kinds = {(value(n).device, value(n).dtype) for n in tensors
-             if value(n).dtype not in NUMBERED or n in states
-             or (n in heads and value(n).dtype is torch.int64)}
+             if not _is_number(n, carries[0].dtype) and (
+                 value(n).dtype not in NUMBERED or n in states
+                 or (n in heads and value(n).dtype is torch.int64))}
     if any(value(n).dtype is torch.int64 for n in results) and carries[0].dtype in HALVES:
         raise Unsupported("its results are integers, and its values of half precision")
     if len(kinds) != 1 or not carries[0].dtype.is_floating_point:
@@ -139,6 +150,15 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     scalars = [carries[0].new_empty(()) for _ in numbers]
     runs(step, carries, slices, [*invariants, *scalars])
     return Fusible(given, step, numbers)
+
+
+def _is_number(head: Node, dtype: torch.dtype) -> bool:
+    """Whether what a step is given is one number, which operations take in the `dtype` of the
+    tensors that they combine it with."""
+    return head.op == "placeholder" and dtype is torch.float32 and value(head).dim() == 0 \
+        and value(head).dtype in (torch.float64, torch.int64) \
+        and all(any(value(n).dtype is dtype and value(n).dim() for n in user.all_input_nodes)
+                or value(user).dtype is dtype for user in head.users)
 
 
 def in_numbers(body: GraphModule, held: int) -> GraphModule:
@@ -163,17 +183,38 @@ def in_numbers(body: GraphModule, held: int) -> GraphModule:
     return made
 
 
-def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float, ...]]:
+def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float | None, ...]]:
     """The body with its fractions as its last arguments, and those numbers: a step of 1 / T is
-    then one kernel for all lengths."""
+    then one kernel for all lengths, and the eps of an RMS norm that names none is its dtype's."""
     made = duplicate(body)
-    found: dict[float, Node] = {}
-    for node in made.graph.nodes:
+    found: dict[float | None, Node] = {}
+
+    def argument(number: float | None) -> Node:
+        if number not in found:
+            with made.graph.inserting_after(placeholders(made)[-1]):
+                found[number] = made.graph.placeholder(f"number_{len(found)}")
+        return found[number]
+
+    for node in list(made.graph.nodes):
+        if node.target is aten.rms_norm.default and (*node.args, None, None)[3] is None:
+            _spell_out(node, argument(None))
         for number in node.args if node.target in SCALED else ():
             if isinstance(number, float) and not number.is_integer():
-                if number not in found:
-                    heads = placeholders(made)
-                    with made.graph.inserting_after(heads[-1]):
-                        found[number] = made.graph.placeholder(f"number_{len(found)}")
-                node.args = tuple(found[number] if a is number else a for a in node.args)
+                node.args = tuple(argument(number) if a is number else a for a in node.args)
     return made, tuple(found)
+
+
+def _spell_out(norm: Node, eps: Node) -> None:
+    """An RMS norm as what it computes, with a number as its `eps`."""
+    x, sizes, *rest = cast(tuple[Any, ...], norm.args)
+    graph = norm.graph
+    with graph.inserting_before(norm):
+        square = graph.call_function(aten.mul.Tensor, (x, x))
+        mean = graph.call_function(aten.mean.dim, (square, list(range(-len(sizes), 0)), True))
+        scale = graph.call_function(
+            aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, eps)),))
+        made = graph.call_function(aten.mul.Tensor, (x, scale))
+        if rest and rest[0] is not None:
+            made = graph.call_function(aten.mul.Tensor, (made, rest[0]))
+    norm.replace_all_uses_with(made)
+    graph.erase_node(norm)

@@ -163,7 +163,7 @@ class _Kernel:
             if node.meta["val"].dtype not in (torch.float32, torch.bool) \
                     and not (exact and is_integer(node)):  # floating numbers hold them exactly
                 raise Unsupported(f"the loop computes {node.meta['val'].dtype} numbers")
-            if not sources:
+            if not sources and target not in SCATTERS and target is not aten.cat.default:
                 self.constants[node] = expression(node, self.constants.__getitem__)
                 return
         if target in PRODUCTS:

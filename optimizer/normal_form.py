@@ -35,6 +35,7 @@ from .facts import (
     is_view,
     outside_regions,
     shape,
+    source_line,
     value,
 )
 
@@ -170,14 +171,11 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
     ends: dict[int, Node] = {}  # of what was moved behind a node, by that node's place
     merged: dict[Node, None] = {}
     outside = list(outside_regions(graph_module.graph.nodes))
+    same_in_all_steps = _made_alike(graph_module, outside)
     for node in outside:
         if node.op not in ("call_function", "get_attr") or not is_pure(node):
             continue
-        leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-        target = node.target if node.op == "call_function" else _held(graph_module, node)
-        key = (node.op, target, repr(spec), tuple(
-            first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
-        ))
+        key = same_in_all_steps.get(node) or _computed(node, first)
         alike = seen.setdefault(key, [])
         alike.append(node)
         first[node] = alike[0]
@@ -195,6 +193,39 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
             behind = place[anchor][0]
             ends.setdefault(behind, anchor).append(node)
             ends[behind], place[node] = node, (behind, number)
+
+
+def _computed(node: Node, first: dict[Node, Node]) -> Any:
+    """What a node computes: of what, where the `first` of equal nodes stands for all."""
+    if not node.all_input_nodes and node.op == "call_function":
+        return node
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    return (node.op, node.target, repr(spec), tuple(
+        first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
+    ))
+
+
+def _made_alike(graph_module: GraphModule, nodes: Sequence[Node]) -> dict[Node, Any]:
+    """What is made from nothing, by what is made.
+
+    Not where steps of a loop make one thing a few times and then another, as `torch.full((), t //
+    10)` does: merged, these would leave the first of some steps alone.
+    """
+    found: dict[Any, list[tuple[Node, Any]]] = {}
+    for node in nodes:
+        if node.all_input_nodes or not is_pure(node) \
+                or node.op not in ("call_function", "get_attr"):
+            continue
+        made = _held(graph_module, node) if node.op == "get_attr" else repr(node.args)
+        line = source_line(next(iter(node.users), node))
+        found.setdefault((line, node.target if node.op == "call_function" else "constant",
+                          repr(node.kwargs)), []).append((node, made))
+    alike: dict[Node, Any] = {}
+    for place, pairs in found.items():
+        period = len({made for _, made in pairs})
+        if all(a[1] == b[1] for a, b in zip(pairs, pairs[period:], strict=False)):
+            alike |= {node: (*place, made) for node, made in pairs}
+    return alike
 
 
 def _held(graph_module: GraphModule, node: Node) -> Any:

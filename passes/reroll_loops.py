@@ -51,7 +51,7 @@ from ..optimizer.facts import (
     source_line,
     trips,
 )
-from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, fold
+from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, filled, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
@@ -232,7 +232,8 @@ def token(node: Node) -> Any:
     """The operation, the structure and constants of its arguments, its results' shapes."""
     placed = node.target in PLACED
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-    abstract = tuple(_leaf(leaf, placed) for leaf in leaves)
+    number = filled(node)
+    abstract = tuple(int if k == number else _leaf(leaf, placed) for k, leaf in enumerate(leaves))
     results, _ = pytree.tree_flatten(node.meta.get("val"))
     shapes = tuple(f"{r.dtype}{tuple(r.shape)}" if isinstance(r, Tensor) else "" for r in results)
     return (node.target, repr(spec) if len(leaves) > 8 else spec, abstract, shapes)

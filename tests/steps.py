@@ -94,7 +94,7 @@ class Step:
         x, shape = draw.choice(self.values[-6:] if draw.random() < 0.6 else self.values)
         kinds = [self._unary, self._binary, self._binary]
         if shape:
-            kinds += [self._reduced, self._normed, self._product, self._cut]
+            kinds += [self._reduced, self._normed, self._product, self._cut, self._ordered]
         if len(shape) > 1:
             kinds += [self._viewed, self._squared]
         draw.choice(kinds)(x, shape)
@@ -123,6 +123,18 @@ class Step:
             f"torch.softmax({x}, {axis})", f"{x}.var(-1, keepdim=True, unbiased=False) + {x}",
             f"torch.nn.functional.layer_norm({x}, ({shape[-1]},))",
             f"torch.logsumexp({x}, {axis}, True).expand({list(shape)})")), shape)
+
+    def _ordered(self, x: str, shape: Shape) -> None:
+        """Operations that ask for the order along an axis."""
+        axis = self.draw.randrange(len(shape))
+        self._add(self.draw.choice((
+            f"{x}.flip({axis})", f"{x}.cumsum({axis}) * 0.3", f"{x}.roll(1, {axis})",
+            f"torch.ops.aten.prod.dim_int(torch.tanh({x}), {axis}, True) + 0.1 * {x}",
+            f"torch.ops.aten.cumprod.default(torch.tanh({x}), {axis})",
+            f"torch.where(({x} > 0).any({axis}, keepdim=True), {x}, 0.5 * {x})",
+            f"torch.ops.aten.max.dim({x}, {axis}, True)[0] + 0.1 * {x}",
+            f"{x} * torch.ones({list(shape)}, dtype={x}.dtype).tril()" if len(shape) > 1
+            else f"{x} * torch.arange({shape[0]}, dtype={x}.dtype) / {shape[0]}")), shape)
 
     def _product(self, x: str, shape: Shape) -> None:
         size, width = shape[-1], self.draw.choice((shape[-1], 2, 5, 3 * shape[-1]))
