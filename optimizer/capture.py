@@ -98,6 +98,7 @@ class Capture:
     seen: tuple[Seen, ...]
     fake_mode: FakeTensorMode
     size: int  # operations that were traced
+    asks_for_gradients: bool = False  # whether forward read a `requires_grad`
     rolled: bool = False  # whether the loops in the graph are folded already
     begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
 
@@ -192,6 +193,9 @@ def capture(
     """
     _refuse_unsupported_modules(model)
     if fake_mode is None:
+        tensors = [*(s.get() for s in model_state(model)), *pytree.tree_leaves((args, kwargs))]
+        if any(isinstance(t, Tensor) and t.is_meta for t in tensors):
+            raise CaptureError("tensors on the meta device have no values to verify with")
         _run_once(model, args, dict(kwargs or {}))
     mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
     state = model_state(model)
@@ -236,6 +240,7 @@ def capture(
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
         trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
+        trace.asks_for_gradients,
     )
 
 
@@ -267,10 +272,11 @@ def _refuse_constants(graph_module: GraphModule) -> None:
                 f"a tensor is made by torch.Tensor(…) or its like at {source_line(node)}, of which "
                 "a trace does not see the numbers; use torch.tensor"
             )
-        if isinstance(held, Tensor) and held.requires_grad:
+        if isinstance(held, Tensor) and (held.requires_grad or isinstance(held, nn.Parameter)):
             raise CaptureError(
-                f"forward uses a tensor that requires a gradient at {source_line(node)}, and that "
-                "is no parameter of the model; register it"
+                f"forward uses a tensor that requires a gradient, or a parameter, at "
+                f"{source_line(node)}, and that is none of the model's; register it (modules in a "
+                "list: nn.ModuleList)"
             )
 
 
@@ -288,6 +294,7 @@ class _Trace:
         self.written: tuple[int, ...] = ()
         self.same_as: dict[int, int] = {}
         self.constants: dict[int, Any] = {}
+        self.asks_for_gradients = False
 
     def functional(self, *fakes: Tensor) -> list[Any]:
         mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
@@ -311,8 +318,9 @@ class _Trace:
             leaves[place] = leaf
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         given = pytree.tree_leaves((args, kwargs))
-        with swapped(self.model, tensors), ConstantAnswers():
+        with swapped(self.model, tensors), ConstantAnswers() as answers:
             result = self.model(*args, **kwargs)
+        self.asks_for_gradients = answers.asks_for_gradients
         left = pytree.tree_leaves((args, kwargs))
         if len(left) != len(given) or any(a is not b for a, b in zip(left, given, strict=True)):
             raise CaptureError(f"forward changes a list or table among its arguments, {EFFECT}")
@@ -402,9 +410,13 @@ def _refuse_writes(trace: _Trace) -> None:
     for place in trace.written:
         if place < held and trace.state[place].get().requires_grad:
             raise CaptureError(f"forward writes to the parameter {trace.state[place].name!r}")
-    storages = [t.untyped_storage()._cdata for t in trace.inputs if isinstance(t, Tensor)]
-    if len(set(storages)) < len(storages) and any(place >= held for place in trace.written):
-        raise CaptureError("forward writes to an input that shares memory with another input")
+    tensors = [*(s.get() for s in trace.state), *trace.inputs]
+    storages = [t.untyped_storage()._cdata if isinstance(t, Tensor) and t.layout is torch.strided
+                else None for t in tensors]
+    for place in trace.written:
+        if storages.count(storages[place]) > 1:
+            raise CaptureError("forward writes to a tensor that shares memory with another input, "
+                               "buffer or parameter")
 
 
 def _to_functional(leaf: Any) -> Any:

@@ -29,6 +29,7 @@ from .facts import LARGEST_CONSTANT, aten, is_pure
 UNANSWERABLE = (
     DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 )
+REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"]
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -44,12 +45,14 @@ class ConstantAnswers(TorchFunctionMode):
         super().__init__()
         self.known: dict[Node, Any] = {}
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
+        self.asks_for_gradients = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
         try:
             return func(*args, **kwargs)
         except UNANSWERABLE as error:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .apply import ContractError
-from .capture import CaptureError, capture
+from .capture import Capture, CaptureError, capture
 from .cases import copied
 from .every_length import Make, optimize_family
 from .family import Family, family
@@ -60,7 +60,7 @@ class OptimizedModule(nn.Module):
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
             specialized={}, any_length={}, families=[], rewritten=None, warned=False,
-            watched=Watched(original),
+            asks_for_gradients=False, watched=Watched(original),
         )
 
     original: nn.Module
@@ -73,6 +73,7 @@ class OptimizedModule(nn.Module):
     watched: Watched
     rewritten: Rewritten | None
     warned: bool
+    asks_for_gradients: bool  # whether forward reads a tensor's `requires_grad`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = flatten(args, kwargs)
@@ -94,7 +95,9 @@ class OptimizedModule(nn.Module):
             mode = "training" if torch.is_grad_enabled() else "inference"
             self.optimize(args, kwargs, (mode,))
             run = self.specialized.get(self._signature(leaves, structure), self.original)
-        return run.run_flat(leaves) if isinstance(run, Rewritten) else run(*args, **kwargs)
+        if not isinstance(run, Rewritten):
+            return run(*args, **kwargs)
+        return self.original(*args, **kwargs) if run.overlaps(leaves) else run.run_flat(leaves)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
         """Capture, rewrite, verify and measure for these inputs, in each of `modes`.
@@ -133,7 +136,7 @@ class OptimizedModule(nn.Module):
         """A trace of these inputs at their full length, for calls of this signature."""
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         self.progress("capturing")
-        captured = capture(self.original, args, kwargs)
+        captured = self._note(capture(self.original, args, kwargs))
         for mode in modes:
             selection = select(self.original, captured, args, kwargs, self.options, mode,
                                self.progress)
@@ -157,12 +160,13 @@ class OptimizedModule(nn.Module):
                            shorter=not named)
             found, made, chosen = optimize_family(
                 self.original, found, leaves, spec, self.options, modes, self.progress)
+            self._note(found.sample)
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.first)
         for mode, choice in made.items():
             with torch.set_grad_enabled(mode == "training"):
-                self.any_length[self._signature(short, structure)] = choice.make
+                self.any_length[self._signature(short, structure, leaves)] = choice.make
             done.append(mode_report(choice.selection))
         self.families.append(found)
         return f"{found}, {chosen}"
@@ -183,7 +187,7 @@ class OptimizedModule(nn.Module):
         for found in self.families:
             if found.takes(leaves):
                 short = found.resized(leaves, found.first)
-                make = self.any_length.get(self._signature(short, structure))
+                make = self.any_length.get(self._signature(short, structure, leaves))
                 if make is not None:
                     with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
                         self.specialized[key] = self._shown(make(leaves))
@@ -202,8 +206,17 @@ class OptimizedModule(nn.Module):
             vars(self)["rewritten"] = module
         return module
 
-    def _signature(self, leaves: Sequence[Any], structure: Hashable) -> Hashable:
-        return call_signature(leaves, structure), self.watched.version()
+    def _signature(
+        self, leaves: Sequence[Any], structure: Hashable, given: Sequence[Any] | None = None
+    ) -> Hashable:
+        """`given`: the inputs whose `requires_grad` counts, if forward asks for it."""
+        wanted = self.asks_for_gradients and tuple([
+            leaf.requires_grad for leaf in given or leaves if isinstance(leaf, Tensor)])
+        return call_signature(leaves, structure), self.watched.version(), wanted
+
+    def _note(self, captured: Capture) -> Capture:
+        vars(self)["asks_for_gradients"] |= captured.asks_for_gradients
+        return captured
 
     def _warn_once(self) -> None:
         if not self.warned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import starmap
 from operator import getitem
 from typing import Any
@@ -41,6 +41,14 @@ class Rewritten(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
         return self.run_flat(leaves)
+
+    def overlaps(self, leaves: Sequence[Any]) -> bool:
+        """Whether it writes to tensors, and inputs lie in the memory of the model's own."""
+        if not self.captured.written:
+            return False
+        own = {d[name].untyped_storage()._cdata for d, name in self.places}
+        return any(isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in own
+                   for leaf in leaves)
 
     def run_flat(self, leaves: list[Any]) -> Any:
         """The output for the flat inputs `leaves`."""

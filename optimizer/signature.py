@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
+import math
 import operator
 import types
 from collections.abc import Hashable, Iterator, Sequence
@@ -62,7 +64,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], H
 
 def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
     """What a call's inputs and surroundings fix: shapes, strides, dtypes, which share memory,
-    grad mode, autocast. Raises `OpaqueArgument`."""
+    grad mode, autocast. Raises `OpaqueArgument`, for sparse tensors too."""
     inputs = tuple([
         (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
         else (type(leaf), _plain(leaf))
@@ -127,8 +129,12 @@ class Glimpse:
         for module in members:
             own = {n: x for n, x in vars(module).items() if n not in BOOKKEEPING}
             self.places += [(vars(module), name) for name in own]
+            for kind in type(module).__mro__:
+                self.places += [(vars(kind), name) for name in _class_settings(kind)]
             tables = [t for name, x in own.items() for t in (
                 [x] if name in READ and isinstance(x, dict) else _tables(x))]
+            if any(isinstance(t, Slots) for t in tables):
+                raise RuntimeError("a slot can't be read without its object")
             self.places += [(t, name) for t in tables
                             if isinstance(t, (dict, list, collections.deque))
                             for name in (t if isinstance(t, dict) else range(len(t)))]
@@ -171,7 +177,10 @@ def glimpse(members: Sequence[nn.Module]) -> Glimpse | None:
 
 
 def _strides(tensor: Tensor) -> Hashable:
-    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    if tensor.layout is not torch.strided:
+        raise OpaqueArgument(f"an argument is a tensor of the layout {tensor.layout}, of which no "
+                             "others like it can be made to verify on")
+    return tensor.stride()
 
 
 def _ties(members: Sequence[nn.Module]) -> tuple[int, ...]:
@@ -186,10 +195,26 @@ def _settings(module: nn.Module) -> Hashable:
     objects that hold settings, and which hooks exist."""
     held = vars(module)
     own = {n: x for n, x in held.items() if n not in BOOKKEEPING and n not in READ}
+    of_class = tuple((kind, n, _setting(vars(kind)[n])) for kind in type(module).__mro__
+                     for n in _class_settings(kind))
     return (
-        held["training"], *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
+        of_class, held["training"],
+        *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
         len(held), *(len(held[name]) for name in HOOKS), *map(id, held["_modules"].values()),
     )
+
+
+@functools.cache
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _class_settings(kind: type) -> list[str]:
+    """The names of what a class of modules holds for all its instances, but for methods."""
+    return [] if _is_torchs(kind) else [
+        name for name, x in vars(kind).items()
+        if not name.startswith("__") and isinstance(x, (Tensor, *PLAIN, *TABLES))
+        and not isinstance(x, (types.FunctionType, type))]
 
 
 def _setting(held: Any, depth: int = DEEPEST) -> Hashable:
@@ -197,7 +222,7 @@ def _setting(held: Any, depth: int = DEEPEST) -> Hashable:
     if isinstance(held, (Tensor, nn.Module)):
         return id(held)
     if isinstance(held, PLAIN):
-        return type(held), held
+        return type(held), _signed(held)
     if _is_array(held):
         return held.shape, str(held.dtype), held.tobytes()
     inside = _inside(held, depth)
@@ -225,11 +250,29 @@ def _inside(held: Any, depth: int) -> Any:
         return None
     if isinstance(held, TABLES):
         return held
+    if isinstance(held, functools.partial):
+        return held.func, held.args, held.keywords
+    slots = [n for c in type(held).__mro__ for n in _names(vars(c).get("__slots__", ()))]
     inside = getattr(held, "__dict__", None)
+    if slots and not inside:
+        inside = Slots((name, getattr(held, name)) for name in slots if hasattr(held, name))
     plain = isinstance(inside, dict) and inside and all(
         isinstance(item, (Tensor, *PLAIN, *TABLES)) or _inside(item, depth - 1) is not None
         for item in inside.values())
     return inside if plain else None
+
+
+class Slots(dict[str, Any]):
+    """What an object held in its slots when it was looked at."""
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _signed(held: Any) -> Any:
+    """A setting, zeros by their signs: 0.0 == -0.0."""
+    return (held, math.copysign(1.0, held)) if type(held) is float else held
 
 
 def _is_array(held: Any) -> bool:
@@ -240,7 +283,7 @@ def _is_array(held: Any) -> bool:
 def _plain(leaf: Any) -> Hashable:
     number = type(leaf).__module__ == "numpy" and type(leaf).__hash__ is not None
     if number or isinstance(leaf, PLAIN):
-        return leaf  # type: ignore[no-any-return]
+        return _signed(leaf)  # type: ignore[no-any-return]
     raise OpaqueArgument(f"an argument is, or holds, an object of the type {type(leaf).__name__}, "
                          "whose contents can't be watched; pass tensors and numbers, in lists, "
                          "tuples or tables")

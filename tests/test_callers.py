@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -268,3 +269,166 @@ def test_a_loop_that_solves_systems_is_no_error() -> None:
     fast = apply_passes(Filtered(), (x,), measure=False)
     assert fast.report.signatures[0].failure is None
     assert_close(fast(x), Filtered()(x))
+
+
+class Scaled(nn.Module):
+    """h ← tanh(h + x[t]) * decay, with a setting of the class."""
+
+    decay: float = 0.5
+
+    def __init__(self, held: Any = None) -> None:
+        super().__init__()
+        self.held = held
+
+    def scale(self, h: Tensor) -> Tensor:
+        return h * self.decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[0]
+        for t in range(1, x.shape[0]):
+            h = self.scale(torch.tanh(h + x[t]))
+        return h
+
+
+class ByObject(Scaled):
+    def scale(self, h: Tensor) -> Tensor:
+        return h * float(self.held.decay)
+
+
+class ByFunction(Scaled):
+    def scale(self, h: Tensor) -> Tensor:
+        return self.held(h)  # type: ignore[no-any-return]
+
+
+@dataclass
+class InSlots:
+    __slots__ = ("decay",)
+    decay: float
+
+
+def test_settings_of_classes_in_slots_and_of_partial_functions_are_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(20, 3)
+    models = (Scaled(), ByObject(InSlots(0.5)), ByFunction(partial(torch.clamp, max=0.5)))
+    for model in models:
+        fast = apply_passes(model, (x,), measure=False, mode="inference")
+        with torch.no_grad():
+            before = fast(x)
+            assert_close(before, model(x))
+            monkeypatch.setattr(Scaled, "decay", 0.25)
+            if isinstance(model.held, InSlots):
+                model.held.decay = 0.25
+            elif model.held is not None:
+                model.held.keywords["max"] = 0.1
+            assert_close(fast(x), model(x))
+            assert not torch.equal(fast(x), before)
+
+
+class Divided(nn.Module):
+    def forward(self, x: Tensor, by: float) -> Tensor:
+        h = x[0]
+        for t in range(1, x.shape[0]):
+            h = torch.tanh(h) + x[t]
+        return h / by
+
+
+def test_zeros_of_either_sign_are_different_arguments() -> None:
+    model, x = Divided(), torch.randn(20, 3)
+    fast = apply_passes(model, (x, 0.0), measure=False)
+    assert_close(fast(x, 0.0), model(x, 0.0))
+    assert_close(fast(x, -0.0), model(x, -0.0))
+
+
+class AsksForGradients(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[0]
+        for t in range(1, x.shape[0]):
+            h = torch.sin(h) + x[t]
+        return h * 2 if x.requires_grad else h
+
+
+def test_whether_an_input_requires_a_gradient_counts_where_forward_asks() -> None:
+    model, x = AsksForGradients(), torch.randn(20, 3)
+    fast = apply_passes(model, (x.clone().requires_grad_(),), measure=False)
+    for given in (x, x.clone().requires_grad_()):
+        assert_close(fast(given), model(given))
+        with torch.no_grad():
+            assert_close(fast(given), model(given))
+
+
+class Aliased(nn.Module):
+    """One buffer is part of another, which is written to."""
+
+    stats: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("stats", torch.zeros(2, 3))
+        self.register_buffer("mean", self.stats[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for t in range(x.shape[0]):
+            self.stats.mul_(0.9).add_(x[t])
+        return x - self.mean
+
+
+def test_a_buffer_that_is_written_to_and_part_of_another_is_refused() -> None:
+    one, other, x = Aliased(), Aliased(), torch.randn(20, 3)
+    fast = apply_passes(other, (x,), measure=False)
+    assert "shares memory" in str(fast.report.signatures[0].failure)
+    assert_close(fast(x), one(x))
+
+
+class Halving(nn.Module):
+    kept: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(20, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for t in range(self.kept.shape[0]):
+            self.kept[t].mul_(0.5)
+        return x.sum(0)
+
+
+def test_an_input_that_is_a_buffer_which_is_written_to_runs_the_original() -> None:
+    one, other = Halving(), Halving()
+    fast = apply_passes(other, (torch.randn(20, 3),), measure=False, mode="inference")
+    with torch.no_grad():
+        assert_close(fast(other.kept), one(one.kept))
+        assert_close(fast(other.kept[:]), one(one.kept[:]))
+
+
+class Unregistered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = [nn.Linear(3, 3).requires_grad_(False)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[0]
+        for t in range(1, x.shape[0]):
+            h = torch.tanh(self.cells[0](h)) + x[t]
+        return h
+
+
+class Sparse(nn.Module):
+    def forward(self, adjacency: Tensor, h: Tensor) -> Tensor:
+        for _ in range(17):
+            h = torch.tanh(torch.sparse.mm(adjacency, h))
+        return h
+
+
+@pytest.mark.parametrize(("model", "inputs", "reason"), [
+    (Unregistered(), (torch.randn(20, 3),), "nn.ModuleList"),
+    (Sparse(), (torch.eye(5).to_sparse(), torch.randn(5, 3)), "layout torch.sparse_coo"),
+    (Gated().to("meta"), (torch.randn(3, 30, 5, device="meta"),), "meta device"),
+])
+def test_what_is_refused_with_a_reason(
+    model: nn.Module, inputs: tuple[Tensor, ...], reason: str
+) -> None:
+    fast = apply_passes(model, inputs, measure=False)
+    assert reason in str(fast.report.signatures[0].failure)
+    assert fast(*inputs).shape == model(*inputs).shape
