@@ -69,7 +69,8 @@ def examined(name: str, length: int, seconds: float = 0.0) -> Row:
         row.failure = str(error).splitlines()[0]
         return row
     row.folded = sum(bool(WHOLE_LOOP.fullmatch(a.summary)) for a in outcome.applied)
-    row.told = [f"{s.line}: {s.reason}" for s in outcome.skips if LEFT_LOOP.match(s.reason)]
+    row.told = [f"{s.line}: {s.reason}" for s in outcome.skips
+                if s.pass_name == "reroll-loops" and LEFT_LOOP.match(s.reason)]
     start = time.perf_counter()
     fast = looplift.apply_passes(model, inputs, measure=bool(seconds))
     row.seconds = time.perf_counter() - start
