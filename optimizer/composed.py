@@ -161,15 +161,19 @@ def _prefixes(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int)
 
 
 def _cumsum(x: Tensor, axis: int, *, dtype: Any = None) -> Any:
-    return NotImplemented if dtype is not None else _prefixes(torch.add, x, axis)
+    if x.dtype is torch.bool and dtype is None:
+        return _prefixes(torch.add, x.to(torch.float32), axis).long()
+    kept = x.is_floating_point() and dtype is None
+    return _prefixes(torch.add, x, axis) if kept else NotImplemented
 
 
 def _cumprod(x: Tensor, axis: int, *, dtype: Any = None) -> Any:
-    return NotImplemented if dtype is not None else _prefixes(torch.mul, x, axis)
+    kept = x.is_floating_point() and dtype is None
+    return _prefixes(torch.mul, x, axis) if kept else NotImplemented
 
 
 def _prod(x: Tensor, axis: int, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if dtype is not None:
+    if dtype is not None or not x.is_floating_point():
         return NotImplemented
     while (size := x.shape[axis]) > 1:
         half = size // 2
@@ -263,7 +267,9 @@ def _place(x: Tensor, axis: int, first: Tensor, keepdim: bool) -> Tensor:
 def _extreme(name: str) -> Callable[..., Any]:
     """`max` and `min` along an axis: a gradient goes to the first of equals alone."""
 
-    def extreme(x: Tensor, axis: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    def extreme(x: Tensor, axis: int, keepdim: bool = False) -> Any:
+        if not x.is_floating_point():
+            return NotImplemented
         first = _first(x.detach(), axis, getattr(x.detach(), name)(axis, True))
         return torch.where(first, x, 0.0).sum(axis, keepdim), _place(x, axis, first, keepdim)
 
@@ -274,8 +280,10 @@ def _extreme_place(name: str) -> Callable[..., Any]:
     """`argmax` and `argmin`."""
 
     def place(x: Tensor, axis: int | None = None, keepdim: bool = False) -> Any:
+        if not x.is_floating_point() or (axis is None and keepdim):
+            return NotImplemented
         if axis is None:
-            return NotImplemented if keepdim else place(x.reshape(-1), 0)
+            return place(x.reshape(-1), 0)
         x = x.detach()
         return _place(x, axis, _first(x, axis, getattr(x, name)(axis, True)), keepdim)
 

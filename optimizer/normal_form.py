@@ -171,11 +171,11 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
     ends: dict[int, Node] = {}  # of what was moved behind a node, by that node's place
     merged: dict[Node, None] = {}
     outside = list(outside_regions(graph_module.graph.nodes))
-    same_in_all_steps = _made_alike(graph_module, outside)
+    made = _made_alike(graph_module, outside) if fewest > 2 else {}
     for node in outside:
         if node.op not in ("call_function", "get_attr") or not is_pure(node):
             continue
-        key = same_in_all_steps.get(node) or _computed(node, first)
+        key = made.get(node) or _computed(graph_module, node, first)
         alike = seen.setdefault(key, [])
         alike.append(node)
         first[node] = alike[0]
@@ -195,36 +195,32 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
             ends[behind], place[node] = node, (behind, number)
 
 
-def _computed(node: Node, first: dict[Node, Node]) -> Any:
-    """What a node computes: of what, where the `first` of equal nodes stands for all."""
-    if not node.all_input_nodes and node.op == "call_function":
-        return node
+def _computed(graph_module: GraphModule, node: Node, first: dict[Node, Node]) -> Any:
+    """What a node computes, of what; the `first` of equal nodes stands for all."""
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-    return (node.op, node.target, repr(spec), tuple(
+    target = node.target if node.op == "call_function" else _held(graph_module, node)
+    return (node.op, target, repr(spec), tuple(
         first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
     ))
 
 
 def _made_alike(graph_module: GraphModule, nodes: Sequence[Node]) -> dict[Node, Any]:
-    """What is made from nothing, by what is made.
+    """What is made from nothing, by its line and what it is.
 
-    Not where steps of a loop make one thing a few times and then another, as `torch.full((), t //
-    10)` does: merged, these would leave the first of some steps alone.
+    Each by itself where a line makes one thing a few times and then another, as `torch.full((), t
+    // 10)` does in a loop: merged, these would leave the first of some steps alone.
     """
     found: dict[Any, list[tuple[Node, Any]]] = {}
     for node in nodes:
-        if node.all_input_nodes or not is_pure(node) \
-                or node.op not in ("call_function", "get_attr"):
-            continue
-        made = _held(graph_module, node) if node.op == "get_attr" else repr(node.args)
-        line = source_line(next(iter(node.users), node))
-        found.setdefault((line, node.target if node.op == "call_function" else "constant",
-                          repr(node.kwargs)), []).append((node, made))
+        if node.op in ("call_function", "get_attr") and is_pure(node) and not node.all_input_nodes:
+            line = source_line(next(iter(node.users), node))
+            kind = line, node.target if node.op == "call_function" else "constant"
+            found.setdefault(kind, []).append((node, (line, _computed(graph_module, node, {}))))
     alike: dict[Node, Any] = {}
-    for place, pairs in found.items():
-        period = len({made for _, made in pairs})
-        if all(a[1] == b[1] for a, b in zip(pairs, pairs[period:], strict=False)):
-            alike |= {node: (*place, made) for node, made in pairs}
+    for pairs in found.values():
+        period = len({what for _, what in pairs})
+        regular = all(a[1] == b[1] for a, b in zip(pairs, pairs[period:], strict=False))
+        alike |= {node: what if regular else node for node, what in pairs}
     return alike
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from textwrap import dedent
 from typing import Any, cast
 
@@ -150,3 +150,26 @@ def reshaped(graph_module: GraphModule) -> None:
             node.target = getattr(getattr(aten, name), node.target._overloadname)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+@lru_cache(maxsize=256)
+def differentiable(
+    source: str, sizes: tuple[Sizes, ...], carries: int, wanted: tuple[bool, ...], steps: int
+) -> tuple[bool, ...]:
+    """Which results of so many steps have a gradient, where those `wanted` of the arguments do.
+
+    A spike, `(v > 1).to(v)`, has none. After a step more than there are carries nothing changes.
+    """
+    step = step_function(source)
+
+    def results(flags: Sequence[bool]) -> list[bool]:
+        given = [x.requires_grad_(flag) for x, flag in zip(halves(sizes), flags, strict=True)]
+        with torch.enable_grad():
+            return [made.requires_grad for made in step(*given)]
+
+    states, rest, outputs = list(wanted[:carries]), wanted[carries:], []
+    for _ in range(steps):
+        made: list[bool] = aside(partial(results, [*states, *rest]))
+        states = made[:carries]
+        outputs.append(made[carries:])
+    return (*states, *(any(of_steps) for of_steps in zip(*outputs, strict=True)))

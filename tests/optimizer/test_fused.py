@@ -60,6 +60,7 @@ SHAPED = [
     "torch.ops.aten.max.default(h) - torch.ops.aten.min.default(h) * h",
     "torch.ops.aten.one_hot.default(torch.ops.aten.argmax.default(h, 1), 5).to(h) * h",
     "(torch.ops.aten.argmin.default(h, 0, True) == 1) * h + (torch.ops.aten.argmax.default(h) > 7)",
+    "((h > 0).cumsum(1) == 2).to(h) * h + (h > x).cumsum(0).to(h)",
     "h[:, :, None].expand(3, 5, 5).tril(1).sum(1) + h.expand(2, 3, 5).triu(-1).sum(0)",
     "torch.diag_embed(h).sum(1) * torch.ops.aten.diagonal.default(h[:, :3], 1).sum()",
     "torch.where((h > 0).any(1, keepdim=True), h, x) * (h > -1).all()",
@@ -423,6 +424,10 @@ def test_kernels_with_tables_of_their_own_in_one_process() -> None:
     ("torch.cummax(h, 0)[0]", "has no rule for"),
     ("(h.long() + 1).to(h)", "torch.int64 numbers"), ("h.floor_divide(2)", "not implemented"),
     ("h + torch.rand_like(h)", "has no rule for"),
+    ("torch.ops.aten.max.dim(h > 0, 0)[0].to(h).expand(4)", "has no rule for"),
+    ("torch.ops.aten.argmax.default((h > 0).long()).to(h)", "has no rule for"),
+    ("h.long().cumsum(0).to(h)", "has no rule for"),
+    ("torch.ops.aten.prod.default(h > 0).to(h)", "has no rule for"),
     ("h.sort()[0]", "has no rule for"), ("h[torch.tensor([2, 1, 0, 0])]", "has no rule for"),
 ])
 def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:

@@ -432,3 +432,26 @@ def test_numbers_of_each_step(forward: Forward) -> None:
         given = x.clone().requires_grad_()
         results.append((run(given), torch.autograd.grad(run(given).sin().sum(), given)))
     assert_close(results[1], results[0])
+
+
+def spikes_alone(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neither what is returned of every step nor what only spikes feed has a gradient."""
+    v, count, spikes = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        v = 0.9 * v + m.a(x[:, t])
+        spike = (v > 0.5).to(x)
+        v = v * (1 - spike)
+        count = count + spike
+        spikes.append(spike)
+    return torch.stack(spikes), count, v
+
+
+def test_what_has_no_gradient_has_none() -> None:
+    model, x = Model(spikes_alone), torch.randn(3, STEPS, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="training")
+    assert "fused_scan" in fast.code
+    wants = [[o.requires_grad for o in run(x)] for run in (model, fast)]
+    assert wants[0] == wants[1] == [False, False, True]
+    assert_close(fast(x), model(x))
+    grads = [torch.autograd.grad(run(x)[2].sum(), model.a.weight) for run in (model, fast)]
+    assert_close(grads[1], grads[0])
