@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .builder import storage
 from .capture import State
 from .cases import Leaves, attached, flat_outputs
 
@@ -144,7 +145,7 @@ def _version(tensor: Tensor) -> int:
 def _storage(tensor: Tensor) -> int | None:
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
-    return int(tensor.untyped_storage()._cdata)
+    return storage(tensor)
 
 
 def difference(want: Observation, got: Observation) -> tuple[str, str] | None:

@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
 
 from .apply import Seen, visible
+from .builder import storage
 from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
 from .facts import PHYSICAL, TORCH, is_op, source_line
@@ -342,7 +343,7 @@ class _Trace:
 
 
 def _aliases(one: FunctionalTensor, other: FunctionalTensor) -> bool:
-    return bool(one.elem.untyped_storage()._cdata == other.elem.untyped_storage()._cdata)
+    return storage(one.elem) == storage(other.elem)
 
 
 def run_on_copies(
@@ -411,8 +412,8 @@ def _refuse_writes(trace: _Trace) -> None:
         if place < held and trace.state[place].get().requires_grad:
             raise CaptureError(f"forward writes to the parameter {trace.state[place].name!r}")
     tensors = [*(s.get() for s in trace.state), *trace.inputs]
-    storages = [t.untyped_storage()._cdata if isinstance(t, Tensor) and t.layout is torch.strided
-                else None for t in tensors]
+    storages = [storage(t) if isinstance(t, Tensor) and t.layout is torch.strided else None
+                for t in tensors]
     for place in trace.written:
         if storages.count(storages[place]) > 1:
             raise CaptureError("forward writes to a tensor that shares memory with another input, "

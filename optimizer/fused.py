@@ -22,7 +22,7 @@ from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import Lie, kernel_for, plan, step_sizes
 from .pointwise import Unsupported
-from .step import differentiable, step_function
+from .step import step_function
 from .walk import backward, keep, result_sizes
 
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
@@ -214,17 +214,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return backward(_run, not chunks, ctx, saved, grads)
 
 
-def _keep(ctx: Any, inputs: Any, output: Sequence[Tensor]) -> None:
-    """What the backward needs of a call, and which results have none."""
-    step, carries, slices, invariants, *_ = inputs
-    wanted = tuple(t.requires_grad for t in (*carries, *slices, *invariants))
-    have = differentiable(step, step_sizes(carries, slices, invariants), len(carries), wanted,
-                          min(slices[0].shape[0], len(carries) + 1))
-    ctx.mark_non_differentiable(*(t for t, has in zip(output, have, strict=True) if not has))
-    keep(ctx, inputs, output)
-
-
-scan_operator.register_autograd(_backward, setup_context=_keep)
+scan_operator.register_autograd(_backward, setup_context=keep)
 
 
 class _Direct(torch.autograd.Function):
@@ -237,7 +227,7 @@ class _Direct(torch.autograd.Function):
         inputs = step, given[:held], given[held : held + read], given[held + read :], axes, reverse
         made = list(map(_alone, _operate(*inputs)))
         ctx.set_materialize_grads(False)
-        _keep(ctx, inputs, made)
+        keep(ctx, inputs, made)
         return tuple(made)
 
     @staticmethod

@@ -45,14 +45,17 @@ def no_rule(target: Any) -> Unsupported:
     return Unsupported(f"the loop computes {name}, which the kernel has no rule for")
 
 
-def is_mask(leaf: Any) -> bool:
+def _is_of(leaf: Any, dtype: torch.dtype) -> bool:
     return isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor) \
-        and leaf.meta["val"].dtype == torch.bool
+        and bool(leaf.meta["val"].dtype == dtype)
+
+
+def is_mask(leaf: Any) -> bool:
+    return _is_of(leaf, torch.bool)
 
 
 def is_integer(leaf: Any) -> bool:
-    return isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor) \
-        and leaf.meta["val"].dtype == torch.int64
+    return _is_of(leaf, torch.int64)
 
 
 def number(leaf: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .builder import storage
 from .capture import Capture
 from .emit import compiled
 
@@ -46,9 +47,8 @@ class Rewritten(nn.Module):
         """Whether it writes to tensors, and inputs lie in the memory of the model's own."""
         if not self.captured.written:
             return False
-        own = {d[name].untyped_storage()._cdata for d, name in self.places}
-        return any(isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in own
-                   for leaf in leaves)
+        own = {storage(table[name]) for table, name in self.places}
+        return any(isinstance(leaf, Tensor) and storage(leaf) in own for leaf in leaves)
 
     def run_flat(self, leaves: list[Any]) -> Any:
         """The output for the flat inputs `leaves`."""

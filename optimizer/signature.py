@@ -111,7 +111,10 @@ class Watched:
             state.append((held.name, tensor.shape, tensor.dtype, tensor.device,
                           tensor.requires_grad, id(holder)))
         settings = tuple(map(_settings, members))
-        return self.generation, tuple(state), _ties(members), settings, has_global_hooks()
+        of_classes = tuple((kind, name, _setting(vars(kind)[name]))
+                           for kind, name in _class_settings(members))
+        return (self.generation, tuple(state), _ties(members), settings, of_classes,
+                has_global_hooks())
 
 
 class Glimpse:
@@ -126,11 +129,10 @@ class Glimpse:
         self.tables: list[Any] = []
         self.places: list[tuple[Any, Any]] = []
         self.sets: list[tuple[set[Any], set[Any]]] = []
+        self.places += [(vars(kind), name) for kind, name in _class_settings(members)]
         for module in members:
             own = {n: x for n, x in vars(module).items() if n not in BOOKKEEPING}
             self.places += [(vars(module), name) for name in own]
-            for kind in type(module).__mro__:
-                self.places += [(vars(kind), name) for name in _class_settings(kind)]
             tables = [t for name, x in own.items() for t in (
                 [x] if name in READ and isinstance(x, dict) else _tables(x))]
             if any(isinstance(t, Slots) for t in tables):
@@ -195,24 +197,19 @@ def _settings(module: nn.Module) -> Hashable:
     objects that hold settings, and which hooks exist."""
     held = vars(module)
     own = {n: x for n, x in held.items() if n not in BOOKKEEPING and n not in READ}
-    of_class = tuple((kind, n, _setting(vars(kind)[n])) for kind in type(module).__mro__
-                     for n in _class_settings(kind))
     return (
-        of_class, held["training"],
-        *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
+        held["training"], *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
         len(held), *(len(held[name]) for name in HOOKS), *map(id, held["_modules"].values()),
     )
 
 
-@functools.cache
-def _is_torchs(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("torch", "builtins")
-
-
-def _class_settings(kind: type) -> list[str]:
-    """The names of what a class of modules holds for all its instances, but for methods."""
-    return [] if _is_torchs(kind) else [
-        name for name, x in vars(kind).items()
+def _class_settings(members: Sequence[nn.Module]) -> list[tuple[type, str]]:
+    """What the classes of modules hold for all their instances, but for methods: class and name."""
+    kinds = dict.fromkeys(kind for module in members for kind in type(module).__mro__)
+    return [
+        (kind, name) for kind in kinds
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins")
+        for name, x in vars(kind).items()
         if not name.startswith("__") and isinstance(x, (Tensor, *PLAIN, *TABLES))
         and not isinstance(x, (types.FunctionType, type))]
 

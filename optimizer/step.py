@@ -61,7 +61,7 @@ def _tabulate(graph_module: GraphModule) -> None:
         if node.op == "get_attr":
             known[node] = (getattr(graph_module, str(node.target)),) * 2
         elif _is_constant(node, known):
-            known[node] = tuple(_evaluated(node, known, k) for k in (0, 1))  # type: ignore[assignment]
+            known[node] = _evaluated(node, known, False), _evaluated(node, known, True)
     for node, (single, double) in known.items():
         if node.op == "call_function" and any(user not in known for user in node.users) \
                 and single.numel() > 1 and bool((single != single.reshape(-1)[0]).any()) \
@@ -82,7 +82,7 @@ def _is_constant(node: Node, known: Mapping[Node, Any]) -> bool:
         and all(n in known for n in node.all_input_nodes)
 
 
-def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: int) -> Tensor:
+def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: bool) -> Tensor:
     """What a constant node computes, in float64 if `wide`."""
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n][wide])
     if wide:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backward import Backward, Term, backward_of
 from .packing import step_sizes
-from .step import Counts, Sizes, over_steps, step_function, traced
+from .step import Counts, Sizes, differentiable, over_steps, step_function, traced
 
 CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
@@ -47,12 +47,15 @@ def shown(step: str, sizes: tuple[Sizes, ...], held: int) -> dict[int, tuple[int
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
-    """What the backward needs of a call."""
+    """What the backward needs of a call, and which of its results have none."""
     ctx.step, carries, slices, invariants, ctx.axes, ctx.reverse = inputs
-    ctx.counts = len(carries), len(slices), len(invariants)
-    found = shown(ctx.step, step_sizes(carries, slices, invariants), len(carries))
-    outputs = [output[len(carries) + number] for number, _ in found.values()]
-    ctx.save_for_backward(*carries, *slices, *invariants, *outputs)
+    held, _, _ = ctx.counts = len(carries), len(slices), len(invariants)
+    given, sizes = (*carries, *slices, *invariants), step_sizes(carries, slices, invariants)
+    have = differentiable(ctx.step, sizes, held, tuple(t.requires_grad for t in given),
+                          min(slices[0].shape[0], held + 1))
+    ctx.mark_non_differentiable(*(t for t, has in zip(output, have, strict=True) if not has))
+    found = shown(ctx.step, sizes, held)
+    ctx.save_for_backward(*given, *(output[held + number] for number, _ in found.values()))
 
 
 def backward(
