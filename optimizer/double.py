@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -73,14 +74,23 @@ def _may_be_narrow(arg: Any) -> bool:
     return not isinstance(arg, PLAIN)
 
 
+class Width(Enum):
+    """In which dtype a program is compared; from the quickest."""
+
+    TENSORS = "float64, but for what a program makes in a narrower dtype that it names"
+    DOUBLE = "float64"
+    OWN = "the caller's dtype"
+
+
 @contextlib.contextmanager
-def in_double(double: bool, narrow: torch.dtype | None) -> Iterator[None]:
-    """Within it (if `double`) what is computed is computed in float64, without autocast.
+def computing(width: Width, narrow: torch.dtype | None) -> Iterator[None]:
+    """Within it what is computed from tensors of a width is computed in it, without autocast.
 
     `narrow` is the dtype that the program is meant for, if it is one.
     """
-    if not double:
+    if width is Width.OWN:
         yield
         return
-    with _Doubling(narrow), torch.autocast("cpu", enabled=False):
+    within = _Doubling(narrow) if width is Width.DOUBLE else contextlib.nullcontext()
+    with within, torch.autocast("cpu", enabled=False):
         yield

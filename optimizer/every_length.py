@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .double import Width
 from .family import Family
 from .formula import Lengths, Samples
 from .general import NotOneProgram, general
@@ -21,7 +22,7 @@ from .measure import buffers_kept, call
 from .rewritten import Rewritten
 from .select import LITTLE, Options, Selection, again, select
 from .verdict import Differs, Equal
-from .verify import verify_once
+from .verify import Seen, verify_once
 
 QUICK = 0.02  # seconds: choices are measured at the longest length at which a step takes no more
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
@@ -59,6 +60,7 @@ def optimize_family(
     captured = found.capture(short)
     # what is little memory at these lengths may be much at those that are wanted
     little = LITTLE * min(1.0, prod(c / w for c, w in zip(chosen_at, wanted, strict=True)))
+    seen: dict[Lengths, Seen] = {}
     made = {}
     for mode in modes:
         selection = select(model, captured, args, kwargs, options, mode, progress, little)
@@ -70,7 +72,7 @@ def optimize_family(
         if selection.rewritten is not None:
             progress(f"verifying at other lengths ({mode})")
             choice = EachLength(model, found, leaves, spec, selection, options).chosen(
-                chosen_at, wanted)
+                chosen_at, wanted, seen)
         made[mode] = choice
     leasts = zip(*(choice.least for choice in made.values()), strict=True)
     found = replace(found, first=tuple(map(max, leasts)))
@@ -124,11 +126,14 @@ class EachLength:
         self.model, self.found, self.leaves, self.spec = model, found, leaves, spec
         self.selection, self.options = selection, options
         self.known: dict[Lengths, nn.Module] = {}
+        self.widths = list(Width)
 
-    def chosen(self, chosen_at: Lengths, wanted: Lengths) -> Chosen:
+    def chosen(
+        self, chosen_at: Lengths, wanted: Lengths, seen: dict[Lengths, Seen]
+    ) -> Chosen:
         """What was chosen at `chosen_at`, verified at lengths not traced and up to `wanted`.
 
-        Raises `NotOneProgram` where it differs from the model.
+        Raises `NotOneProgram` where it differs from the model. `seen` keeps what the model does.
         """
         found, selection = self.found, self.selection
         untraced = tuple(n + 2 * step for n, step in zip(found.first, found.steps, strict=True))
@@ -136,9 +141,9 @@ class EachLength:
         todo = [untraced, beyond, *_up_to(wanted, beyond, found, selection.mode == "training")]
         try:
             one = self._one_source(chosen_at)
-            self._verify(lambda _: one, todo)
+            self._verify(lambda _: one, todo, seen)
         except NotOneProgram as why:
-            self._verify(self._at, todo)
+            self._verify(self._at, todo, seen)
             self.leaves = self._resized(found.first)  # it lives on
             return Chosen(selection, self, found.first, str(why))
         least = self._shortest(one)
@@ -149,7 +154,7 @@ class EachLength:
     def agrees(self, made: nn.Module, leaves: Sequence[Any]) -> bool:
         """Whether a module gives the model's results on these inputs, up to rounding."""
         try:
-            return self._differs(made, leaves, "inference", double=False) is None
+            return self._differs(made, leaves, "inference", [Width.OWN]) is None
         except Exception:
             log.exception("looplift failed to compare; the original runs")
             return False
@@ -204,7 +209,10 @@ class EachLength:
         unified = general(Samples(list(where), firsts), graphs)
         return Rewritten(self.model, captures[0], unified.symbolic(where))
 
-    def _verify(self, make: Callable[[Lengths], nn.Module], todo: Sequence[Lengths]) -> None:
+    def _verify(
+        self, make: Callable[[Lengths], nn.Module], todo: Sequence[Lengths],
+        seen: dict[Lengths, Seen],
+    ) -> None:
         """Compare at each of the lengths: gradients, and float64, as far as they are quick."""
         mode, double, seconds, before = self.selection.mode, True, 0.0, todo[0]
         unproven = []
@@ -218,7 +226,9 @@ class EachLength:
                 double = False
                 unproven.append(f"equality in float64 at lengths beyond {_named(before)}")
             made, start = make(lengths), time.perf_counter()
-            differs = self._differs(made, self._resized(lengths), mode, double)
+            differs = self._differs(made, self._resized(lengths), mode,
+                                    self.widths if double else [Width.OWN],
+                                    seen.setdefault(lengths, {}))
             if differs is not None:
                 raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
             seconds, before = time.perf_counter() - start, lengths
@@ -244,15 +254,19 @@ class EachLength:
         return self._differs(made, self._resized(lengths), self.selection.mode) is None
 
     def _differs(
-        self, made: nn.Module, leaves: Sequence[Any], mode: str, double: bool = True
+        self, made: nn.Module, leaves: Sequence[Any], mode: str,
+        widths: Sequence[Width] | None = None, seen: Seen | None = None,
     ) -> Differs | None:
         if not self.options.verify:
             return None
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
         approximate = any(k.applied.approximate for k in self.selection.kept)
-        return verify_once(self.model, made, args, kwargs, mode=mode,
-                           tolerance=self.options.tolerance, approximate=approximate,
-                           double=double)
+        found, width = verify_once(
+            self.model, made, args, kwargs, mode=mode, tolerance=self.options.tolerance,
+            approximate=approximate, widths=widths or self.widths, seen=seen)
+        if width is Width.DOUBLE:
+            self.widths = [Width.DOUBLE, Width.OWN]  # the first need not be tried again
+        return found
 
     def _resized(self, lengths: Lengths) -> list[Any]:
         return self.found.resized(self.leaves, lengths)

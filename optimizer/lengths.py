@@ -115,17 +115,20 @@ def found_lengths(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
                            for n in (half, 2 * half))
             if fewer is not None and more is not None:
                 if (more - fewer) * size // half >= MANY:
-                    found.append((fewer - more, free))
-                break
+                    found.append(((fewer - more) * size // half, free))
+                    break
+                if half >= size // 16:
+                    break
     most = sorted(found, key=lambda each: each[0])[: len(NAMES)]
     frees = sorted((free for _, free in most), key=lambda free: free.places)
     return [replace(free, name=name) for name, free in zip(NAMES, frees, strict=False)]
 
 
 def _halves(size: int) -> list[int]:
-    """Lengths to compare with their doubles: an eighth to a quarter, of ever larger multiples."""
+    """Lengths to compare with their doubles: a very short one, which tells most loops quickly, and
+    a sixteenth to a quarter, of ever larger multiples."""
     parts = [size // part // of * of for part in (16, 8, 4) for of in (1, 16, 64, 256, 1024)]
-    return sorted({n for n in parts if n})
+    return sorted({n for n in (size // 256 if size >= 2048 else 0, *parts) if n})
 
 
 class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -163,7 +163,7 @@ class OptimizedModule(nn.Module):
             self._note(found.sample)
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
-        short = found.resized(leaves, found.first)
+        short = found.resized(leaves, found.traced[0])  # where strides tell
         for mode, choice in made.items():
             with torch.set_grad_enabled(mode == "training"):
                 self.any_length[self._signature(short, structure, leaves)] = choice.make
@@ -186,7 +186,7 @@ class OptimizedModule(nn.Module):
         """What runs inputs of another length, if their program is known; then kept by `key`."""
         for found in self.families:
             if found.takes(leaves):
-                short = found.resized(leaves, found.first)
+                short = found.resized(leaves, found.traced[0])  # where strides tell
                 make = self.any_length.get(self._signature(short, structure, leaves))
                 if make is not None:
                     with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():

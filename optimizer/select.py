@@ -33,6 +33,7 @@ STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
 LARGE = 500  # nodes: a graph of more is not run unrolled to see what re-rolling is worth
 MOST_GROUPS = 8  # beyond this many, rewrites are tried pass by pass, not line by line
 MOST_COUNTEREXAMPLES = 8
+LOSS, GAIN = 0.02, 0.01  # a rewrite may cost so much by chance; what is kept must gain so much
 SLABS = (256, 64, 16)  # steps that are batched at a time where all of them need too much memory
 
 
@@ -273,12 +274,12 @@ class _Selecting:
         for name, groups in bundles.items():
             self.progress(f"measuring without {name} ({self.mode})")
             variants[name] = self._rewrite(frozenset(groups))
-        timed = self._timed(self._modules(variants), rounds=5)
+        timed = self._timed(self._modules(variants), 1 + LOSS, rounds=5)
         losers = {}
         for name, groups in bundles.items():
             worth = 1 / timed.gain(name)  # ratios are to the first variant, all rewrites
             self.worth |= dict.fromkeys(groups, worth)
-            if worth < 1 - max(min(timed.noise, BUSY), 0.02):
+            if worth < 1 - max(min(timed.noise, BUSY), LOSS):
                 losers[name] = 1 / worth
         return losers
 
@@ -288,7 +289,8 @@ class _Selecting:
         comparison: Comparison | None = None
         while outcome.applied:
             comparison = self._timed(
-                {"naive": self.model, **self._modules({"looplift": outcome})}, memory=True
+                {"naive": self.model, **self._modules({"looplift": outcome})}, 1 + GAIN,
+                memory=True
             )
             naive, ours = comparison["naive"], comparison["looplift"]
             assert naive.memory is not None
@@ -312,7 +314,7 @@ class _Selecting:
                 outcome = Outcome(outcome.graph_module)
         if outcome.applied and comparison is not None:
             gain = comparison.gain("looplift")
-            if gain < 1 + max(min(comparison.noise, BUSY), 0.01):
+            if gain < 1 + max(min(comparison.noise, BUSY), GAIN):
                 reason = f"no gain: {gain:.2f}x naive in the whole model"
                 self._decline(outcome.groups, reason)
                 outcome = Outcome(outcome.graph_module)
@@ -362,14 +364,14 @@ class _Selecting:
         return {n: self._module(v) if v.applied else self.model for n, v in variants.items()}
 
     def _timed(
-        self, modules: dict[str, nn.Module], rounds: int = 7, memory: bool = False
+        self, modules: dict[str, nn.Module], edge: float, rounds: int = 7, memory: bool = False
     ) -> Comparison:
         training = self.mode == "training"
         runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
         with buffers_kept(self.model):
             timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
-                                seconds=0.5 * (1 + len(runs)))
+                                seconds=0.5 * (1 + len(runs)), edge=edge)
             if not memory:
                 return timed
             weighed: tuple[Timing, ...] = tuple(

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .behaviour import Observation, difference, forgiving, observe
 from .capture import State, model_state, swapped
 from .cases import FIRST, Case, Leaves, as_they_are, cases, copied, flat, odd_values
-from .double import WIDER, doubled, in_double
+from .double import WIDER, Width, computing, doubled
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
 from .verdict import Differs, Equal
 
@@ -30,6 +30,7 @@ UNUSUAL = 100  # times the tolerance, for very large inputs, which cancel more d
 NOISE = 1e-3  # of a value's own size in the other cases: rounding noise below
 FLOOR = 16  # units in the last place below which errors are not compared
 ENOUGH_SECONDS = 15.0  # no further case is begun after this long
+Seen = dict[Width, Observation]
 
 
 def verify(
@@ -61,16 +62,18 @@ def verify(
 
 def verify_once(
     a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, mode: str,
-    tolerance: float | None = None, approximate: bool = False, double: bool = True,
-) -> Differs | None:
-    """`verify` on the given inputs alone, in float64 alone: how `b` differs, or None.
+    tolerance: float | None = None, approximate: bool = False,
+    widths: Sequence[Width] = tuple(Width), seen: Seen | None = None,
+) -> tuple[Differs | None, Width]:
+    """`verify` on the given inputs alone, in one of the `widths`: how `b` differs, and in which.
 
-    Without `double` in the caller's dtype, up to its rounding.
+    The first is taken in which `a` runs; one that is not sound for all programs tells no
+    difference. `seen` keeps what `a` did in inference, for a further comparison on these inputs.
     """
     allowed = APPROXIMATE if approximate else SAME_FUNCTION
     comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate)
     with torch.random.fork_rng(), torch.inference_mode(False):
-        return comparison.once(mode == "training", double)
+        return comparison.once(mode == "training", widths, {} if seen is None else seen)
 
 
 @dataclass
@@ -115,15 +118,16 @@ class _Comparison:
 
     def _compare(self, case: Case, training: bool, in_float64: bool) -> Differs | None:
         """All questions on one case."""
-        theirs, ours = (self._observe(m, case, training, False) for m in (self.a, self.b))
+        theirs, ours = (self._observe(m, case, training, Width.OWN) for m in (self.a, self.b))
         self.raised += theirs.exception is not None
         found = self._behaves(case, training, theirs, ours)
         if found is not None and case.odd:
-            truth = self._observe(self.a, case, training, True)
+            truth = self._observe(self.a, case, training, Width.DOUBLE)
             found = self._behaves(case, training, forgiving(theirs, truth, ours), ours)
         if found is not None or not in_float64 or not self.doubles:
             return found
-        truth, wide = (self._observe(m, case, training, True) for m in (self.a, self.b))
+        truth, wide = (self._observe(m, case, training, Width.DOUBLE)
+                       for m in (self.a, self.b))
         if truth.exception is not None and theirs.exception is None:
             self.doubles = False
             return self._behaves(case, training, theirs, ours)
@@ -132,19 +136,28 @@ class _Comparison:
             self._note_errors(truth, theirs, ours)
         return found
 
-    def once(self, training: bool, wide: bool) -> Differs | None:
-        """The given inputs alone, in float64, or in the caller's dtype where there is none."""
+    def once(
+        self, training: bool, widths: Sequence[Width], seen: Seen
+    ) -> tuple[Differs | None, Width]:
+        """The given inputs alone, in the first width that tells something."""
         case = Case(FIRST, self.inputs, as_they_are, self.seed)
-        for double in (True, False) if wide else (False,):
-            theirs, ours = (self._observe(m, case, training, double, again=False)
-                            for m in (self.a, self.b))
-            if theirs.exception is None:
+        for width in widths:
+            if training or width not in seen:
+                theirs = self._observe(self.a, case, training, width, again=False)
+                seen |= {} if training else {width: theirs}
+            else:
+                theirs = seen[width]
+            if theirs.exception is not None and width is not widths[-1]:
+                continue
+            ours = self._observe(self.b, case, training, width, again=False)
+            self.doubles = width is not Width.OWN
+            found = self._behaves(case, training, theirs, ours)
+            if found is None and self.doubles:
+                found = self._same_function(case, training, theirs, ours)
+            wide = all(t.dtype not in WIDER for t in theirs.values.values())
+            if width is not Width.TENSORS or (found is None and wide):
                 break
-        self.doubles = double
-        found = self._behaves(case, training, theirs, ours)
-        if found is None and double:
-            found = self._same_function(case, training, theirs, ours)
-        return found
+        return found, width
 
     def _equal(self, modes: Sequence[str]) -> Equal:
         grade = "exact" if self.exact else "same function" if self.doubles else "tested"
@@ -168,16 +181,16 @@ class _Comparison:
         return Equal(grade, self.count, worst, self.error, self.naive_error, tuple(unproven))
 
     def _observe(
-        self, model: nn.Module, case: Case, training: bool, double: bool, again: bool = True
+        self, model: nn.Module, case: Case, training: bool, width: Width, again: bool = True
     ) -> Observation:
-        convert = doubled if double else _unchanged
+        convert = _unchanged if width is Width.OWN else doubled
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
         again = again and case.name == FIRST and not training
         dtypes = {t.dtype for t in (*case.inputs, *map(State.get, model_state(self.a)))
                   if isinstance(t, Tensor) and t.dtype in WIDER and t.is_floating_point()}
         narrow = dtypes.pop() if len(dtypes) == 1 else None
-        with swapped(model, tensors, strict=False), in_double(double, narrow):
+        with swapped(model, tensors, strict=False), computing(width, narrow):
             return observe(model, leaves, self.spec, model_state(model), training, case.seed, again)
 
     def _behaves(

@@ -523,3 +523,20 @@ def test_shorter_lengths_than_were_traced_are_tried() -> None:
     for length in (1, 2, 3, 5, 6, 7, 30, 181):
         with torch.no_grad():
             assert_close(fast(*long(length)), model(*long(length)))
+
+
+def written_where_it_lies(m: Any, x: Tensor) -> Tensor:
+    result, h = torch.zeros_like(x), x.new_zeros(x.shape[0], x.shape[2])
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + x[:, t])
+        result[:, t] = h
+    return result
+
+
+def test_inputs_that_lie_otherwise_in_memory_have_a_program_of_their_own() -> None:
+    """At length 1, from which on one program holds, strides do not tell them apart."""
+    model = Model(written_where_it_lies)
+    fast = optimized(model, *long())
+    assert told(fast).startswith("one program for T from 1")
+    for length in (400, 40):
+        same(fast, model, long(length)[0].transpose(0, 1).contiguous().transpose(0, 1))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import looplift
 import pytest
 import torch
-from looplift.optimizer.measure import interleaved, keep_freed_memory, peak_memory
+from looplift.optimizer import measure
+from looplift.optimizer.measure import (
+    Comparison,
+    Timing,
+    interleaved,
+    keep_freed_memory,
+    peak_memory,
+)
 from torch import nn
 
 
@@ -58,6 +67,29 @@ def test_interleaved_compares_all_with_the_first() -> None:
     assert found["one"].ratio == 1.0
     assert found.noise >= 0
     assert found["two"].low <= found["two"].ratio <= found["two"].high
+
+
+@pytest.mark.parametrize(("edge", "noise", "parts"), [
+    (1.02, 0.02, 1), (0.5, 0.0, 2), (0.52, 0.0, 1), (0.52, 0.03, 2), (None, 0.0, 1),
+])
+def test_where_a_side_is_asked_for_little_time_tells(
+    monkeypatch: pytest.MonkeyPatch, edge: float | None, noise: float, parts: int
+) -> None:
+    """Unless the ratio may lie on either side."""
+    timed: list[int] = []
+
+    def in_turns(
+        timers: Any, calls: Mapping[str, int], rounds: int, mode: str, seed: int
+    ) -> Comparison:
+        timed.append(sum(calls.values()))
+        return Comparison(mode, (Timing("one", 1.0, 1.0, 1.0, 1.0, 1.0),
+                                 Timing("two", 2.0, 0.5, 0.49, 0.51, 0.5)), noise, rounds, 1)
+
+    monkeypatch.setattr(measure, "_in_turns", in_turns)
+    monkeypatch.setattr(measure._Timer, "seconds_per_call", lambda timer, calls: 1e-4)
+    interleaved({"one": list, "two": list}, rounds=4, seconds=1.2, edge=edge)
+    assert len(timed) == parts
+    assert round(timed[-1] / 750) == (4 if edge is None or parts == 2 else 1)
 
 
 def test_compare_has_both_modes_and_memory() -> None:

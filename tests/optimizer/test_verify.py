@@ -16,7 +16,9 @@ from looplift.models import (
     vision_transformer,
 )
 from looplift.optimizer.capture import capture
+from looplift.optimizer.double import Width
 from looplift.optimizer.rewritten import Rewritten
+from looplift.optimizer.verify import verify_once
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -759,3 +761,48 @@ def test_constants_are_rounded_alike_in_a_model_and_in_its_graph(dtype: torch.dt
     verdict = verify(model, rewritten, (x,))
     assert isinstance(verdict, Equal), verdict
     assert verdict.worst == 0
+
+
+def refuses_float64(x: Tensor) -> Tensor:
+    if x.dtype is torch.float64:
+        raise TypeError("float64")
+    return x * 2
+
+
+@pytest.mark.parametrize(("run", "width"), [
+    (lambda x: x * torch.ones(3), Width.TENSORS),
+    (lambda x: x.float() / 3, Width.DOUBLE),
+    (refuses_float64, Width.OWN),
+])
+def test_one_comparison_is_in_float64_if_it_can_be(run: Run, width: Width) -> None:
+    x = torch.randn(3)
+
+    def compared(other: Run) -> tuple[Differs | None, Width]:
+        one, two = (Program(lambda _, x, run=run: run(x), {}) for run in (run, other))
+        return verify_once(one, two, (x,), {}, mode="inference")
+
+    assert compared(lambda x: run(2 * x) / 2) == (None, width)
+    differs, _ = compared(lambda x: run(x) * (1 + 1e-8))
+    assert (differs is None) == (width is Width.OWN)
+    differs, _ = compared(lambda x: run(x) * 1.01)
+    assert differs is not None
+
+
+def test_what_the_original_does_is_kept_for_a_further_comparison() -> None:
+    calls: list[Tensor] = []
+    seen: dict[Width, Any] = {}
+
+    def run(_: Program, x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.tanh()
+
+    one, x = Program(run, {}), torch.randn(3)
+    for _ in range(3):
+        differs, _ = verify_once(one, nn.Tanh(), (x,), {}, mode="inference", seen=seen)
+        assert differs is None
+        differs, _ = verify_once(one, nn.ReLU(), (x,), {}, mode="inference", seen=seen)
+        assert differs is not None
+    assert len(calls) == 2  # in two widths
+    differs, _ = verify_once(one, nn.Tanh(), (x,), {}, mode="training", seen=seen)
+    assert differs is None
+    assert len(calls) == 3
