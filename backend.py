@@ -143,11 +143,11 @@ def _with_numbers(graph_module: GraphModule, example_inputs: Sequence[Any]) -> G
     """The graph with a placeholder, which it does not read, for every input that is no tensor."""
     graph, previous = graph_module.graph, None
     placeholders = iter(graph.find_nodes(op="placeholder"))
-    for held in example_inputs:
+    for number, held in enumerate(example_inputs):
         if isinstance(held, torch.Tensor):
             previous = next(placeholders)
         else:
             with graph.inserting_after(previous) if previous else graph.inserting_before():
-                previous = graph.placeholder("size")
+                previous = graph.placeholder(f"size_{number}")
     graph_module.recompile()
     return graph_module

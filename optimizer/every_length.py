@@ -46,6 +46,7 @@ class Chosen:
 def optimize_family(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
     options: Options, modes: Sequence[str], progress: Callable[[str], None],
+    before: Callable[[], object],
 ) -> tuple[Family, dict[str, Chosen], str]:
     """Choose rewrites at lengths at which the model runs quickly; carry them to every length.
 
@@ -63,7 +64,8 @@ def optimize_family(
     seen: dict[Lengths, Seen] = {}
     made = {}
     for mode in modes:
-        selection = select(model, captured, args, kwargs, options, mode, progress, little)
+        selection = select(model, captured, args, kwargs, options, mode, progress, before,
+                           little)
         folding = options.passes[0].name
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:
@@ -148,8 +150,8 @@ class EachLength:
             return Chosen(selection, self, found.first, str(why))
         least = self._shortest(one)
         self.leaves = self._resized(found.first)
-        most = tuple(max(lengths) for lengths in zip(chosen_at, *todo, strict=True))
-        return Chosen(selection, UpToLength(self, one, most), least)
+        compared = {found.first, chosen_at, *todo} if self.options.verify else None
+        return Chosen(selection, ComparedLengths(self, one, compared), least)
 
     def agrees(self, made: nn.Module, leaves: Sequence[Any]) -> bool:
         """Whether a module gives the model's results on these inputs, up to rounding."""
@@ -273,20 +275,20 @@ class EachLength:
 
 
 @dataclass
-class UpToLength:
-    """One module for all lengths: what a model does with longer inputs than it was compared on,
-    such as to refuse or to cut them, is seen at the first call."""
+class ComparedLengths:
+    """One module for all lengths. At each new one it is compared with the model once, at the first
+    call: what a model does at some lengths alone is in no trace of others."""
 
     each: EachLength
     module: nn.Module
-    most: Lengths
+    compared: set[Lengths] | None  # None: none are to be
 
     def __call__(self, leaves: Sequence[Any]) -> nn.Module:
         lengths = tuple(free.of(leaves) or 0 for free in self.each.found.frees)
-        if any(n > most for n, most in zip(lengths, self.most, strict=True)):
+        if self.compared is not None and lengths not in self.compared:
             if not self.each.agrees(self.module, leaves):
                 return self.each.model
-            self.most = tuple(map(max, lengths, self.most))
+            self.compared.add(lengths)
         return self.module
 
 

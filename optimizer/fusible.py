@@ -22,11 +22,13 @@ from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
 from .sink import Sunk, sunk
 from .step import placed
+from .unroll import unrolled
 
 Tensors = Sequence[Tensor]
 Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
 CPU = torch.device("cpu")
 NUMBERED = (torch.bool, torch.int64)  # dtypes whose values a kernel holds as floating numbers
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -119,7 +121,7 @@ def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
 
 
 def _fusible(given: Sunk, runs: Runs) -> Fusible:
-    body = given.body
+    body = unrolled(given.body)
     for node in body.graph.nodes:
         if node.op == "call_function" and not isinstance(node.target, OpOverload) \
                 and node.target is not operator.getitem:
@@ -132,16 +134,17 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
         for ts in given.values())
     heads, held = placeholders(pairs), len(carries)
     results = cast(tuple[Node, ...], output_node(pairs).args[0])
-    tensors = [n for n in pairs.graph.nodes if is_tensor(n)]
-    states = {*heads[:held], *results[:held]}
+    tensors = [n for n in pairs.graph.nodes if is_tensor(n) and n.users]
+    states, read = {*heads[:held], *results[:held]}, set(heads[held:])
     kinds = {(value(n).device, value(n).dtype) for n in tensors
-             if not _is_number(n, carries[0].dtype) and (
+             if not _is_number(n, carries[0].dtype) and not (n in read and _promoted(n)) and (
                  value(n).dtype not in NUMBERED or n in states
                  or (n in heads and value(n).dtype is torch.int64))}
     if any(value(n).dtype is torch.int64 for n in results) and carries[0].dtype in HALVES:
         raise Unsupported("its results are integers, and its values of half precision")
     if len(kinds) != 1 or not carries[0].dtype.is_floating_point:
-        raise Unsupported("its values are not all of one floating dtype on one device")
+        told = ", ".join(sorted(str(dtype).removeprefix("torch.") for _, dtype in kinds))
+        raise Unsupported(f"its values are not all of one floating dtype on one device ({told})")
     body, numbers = with_arguments(in_numbers(pairs, held))
     step, needs = sourced(body, "step")
     if needs:
@@ -159,6 +162,13 @@ def _is_number(head: Node, dtype: torch.dtype) -> bool:
         and value(head).dtype in (torch.float64, torch.int64) \
         and all(any(value(n).dtype is dtype and value(n).dim() for n in user.all_input_nodes)
                 or value(user).dtype is dtype for user in head.users)
+
+
+def _promoted(head: Node) -> bool:
+    """Whether a step takes integers as the floating numbers that it combines them with."""
+    return value(head).dtype in INTEGERS and all(
+        user.target in SCALED and len(user.all_input_nodes) == 2
+        and value(user).dtype.is_floating_point for user in head.users)
 
 
 def in_numbers(body: GraphModule, held: int) -> GraphModule:

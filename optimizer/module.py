@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +36,20 @@ from .select import Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
 
 MOST_SIGNATURES = 8
+OFTEN, SELDOM = 8, 64  # where the original ran so often, each so manieth call looks for changes
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Calls:
+    """Calls of one kind: how many in a row ran the original, and how often it was refused."""
+
+    calls: int = 0
+    refusals: int = 0
+
+    def rests(self) -> bool:
+        """Whether it is not looked, at this call, for what else could run."""
+        return self.refusals > 1 or (self.calls > OFTEN and self.calls % SELDOM > 0)
 
 
 class OptimizedModule(nn.Module):
@@ -60,6 +75,7 @@ class OptimizedModule(nn.Module):
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
             specialized={}, any_length={}, families=[], rewritten=None, warned=False,
+            seen=defaultdict(_Calls),
             asks_for_gradients=False, watched=Watched(original),
         )
 
@@ -71,6 +87,7 @@ class OptimizedModule(nn.Module):
     any_length: dict[Hashable, Make]  # by the signature at a family's first length
     families: list[Family]
     watched: Watched
+    seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
     warned: bool
     asks_for_gradients: bool  # whether forward reads a tensor's `requires_grad`
@@ -78,26 +95,42 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = flatten(args, kwargs)
         try:
-            key = self._signature(leaves, structure)
+            called = call_signature(leaves, structure)
         except OpaqueArgument as error:
             if all(s.failure != str(error) for s in self.report.signatures):
                 self.optimize(args, kwargs, ("inference",))  # which reports it
             return self.original(*args, **kwargs)
-        run = self.specialized.get(key)
-        if run is None:
-            run = self._at_other_length(key, leaves, structure)
-        if run is None:
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                return self.original(*args, **kwargs)  # what is transformed can't be looked at
-            if len(self.report.signatures) >= MOST_SIGNATURES:
-                self._warn_once()
-                return self.original(*args, **kwargs)
-            mode = "training" if torch.is_grad_enabled() else "inference"
-            self.optimize(args, kwargs, (mode,))
-            run = self.specialized.get(self._signature(leaves, structure), self.original)
+        here = self.seen[called, self.original.training]
+        here.calls += 1
+        if here.rests():
+            return self.original(*args, **kwargs)
+        run = self._chosen(args, kwargs, leaves, structure, called, here)
+        if run is not self.original:
+            here.calls = 0
         if not isinstance(run, Rewritten):
             return run(*args, **kwargs)
         return self.original(*args, **kwargs) if run.overlaps(leaves) else run.run_flat(leaves)
+
+    def _chosen(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any],
+        structure: Hashable, called: Hashable, here: _Calls,
+    ) -> Callable[..., Any]:
+        """What runs a call; optimized now, if such a call was not seen before."""
+        key = self._seen_as(called, leaves)
+        run = self.specialized.get(key)
+        if run is None:
+            run = self._at_other_length(key, leaves, structure)
+        if run is not None:
+            return run
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.original  # what is transformed can't be looked at
+        if len(self.report.signatures) >= MOST_SIGNATURES:
+            self._warn_once()
+            return self.original
+        mode = "training" if torch.is_grad_enabled() else "inference"
+        self.optimize(args, kwargs, (mode,))
+        here.refusals += self.report.signatures[-1].failure is not None
+        return self.specialized.get(self._signature(leaves, structure), self.original)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
         """Capture, rewrite, verify and measure for these inputs, in each of `modes`.
@@ -139,7 +172,7 @@ class OptimizedModule(nn.Module):
         captured = self._note(capture(self.original, args, kwargs))
         for mode in modes:
             selection = select(self.original, captured, args, kwargs, self.options, mode,
-                               self.progress)
+                               self.progress, lambda: self._signature(leaves, structure))
             self._keep(leaves, structure, mode, selection.module)
             done.append(mode_report(selection))
 
@@ -159,7 +192,8 @@ class OptimizedModule(nn.Module):
             found = family(self.original, args, kwargs, frees, self.options.passes[:1], allowed,
                            shorter=not named)
             found, made, chosen = optimize_family(
-                self.original, found, leaves, spec, self.options, modes, self.progress)
+                self.original, found, leaves, spec, self.options, modes, self.progress,
+                lambda: self._signature(leaves, structure))
             self._note(found.sample)
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
@@ -210,9 +244,12 @@ class OptimizedModule(nn.Module):
         self, leaves: Sequence[Any], structure: Hashable, given: Sequence[Any] | None = None
     ) -> Hashable:
         """`given`: the inputs whose `requires_grad` counts, if forward asks for it."""
+        return self._seen_as(call_signature(leaves, structure), given or leaves)
+
+    def _seen_as(self, called: Hashable, leaves: Sequence[Any]) -> Hashable:
         wanted = self.asks_for_gradients and tuple([
-            leaf.requires_grad for leaf in given or leaves if isinstance(leaf, Tensor)])
-        return call_signature(leaves, structure), self.watched.version(), wanted
+            leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)])
+        return called, self.watched.version(), wanted
 
     def _note(self, captured: Capture) -> Capture:
         vars(self)["asks_for_gradients"] |= captured.asks_for_gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -74,6 +75,11 @@ class Declined:
 NOTHING = NotVerified("nothing was rewritten")
 
 
+def _in_turn(*calls: Callable[[], object]) -> None:
+    for each in calls:
+        each()
+
+
 @dataclass
 class Selection:
     """The outcome of optimizing one model for one signature and mode."""
@@ -96,13 +102,16 @@ Progress = Callable[[str], None]
 
 def select(
     model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-    options: Options, mode: str, progress: Progress, little: float = LITTLE,
+    options: Options, mode: str, progress: Progress, before: Callable[[], object],
+    little: float = LITTLE,
 ) -> Selection:
     """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
 
-    A peak memory below `little` bytes counts as so many.
+    What a call does `before` it runs what was chosen counts as its time. A peak memory below
+    `little` bytes counts as so many.
     """
-    return _Selecting(model, captured, args, kwargs, options, mode, progress, little).run()
+    return _Selecting(
+        model, captured, args, kwargs, options, mode, progress, before, little).run()
 
 
 def again(captured: Capture, options: Options, selection: Selection) -> Outcome:
@@ -131,9 +140,10 @@ def _in_slabs_of(slab: int | None, passes: Sequence[Pass]) -> Sequence[Pass]:
 class _Selecting:
     def __init__(
         self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-        options: Options, mode: str, progress: Progress, little: float,
+        options: Options, mode: str, progress: Progress, before: Callable[[], object],
+        little: float,
     ) -> None:
-        self.little = little
+        self.before, self.little = before, little
         self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
         self.options, self.mode, self.progress = options, mode, progress
         self.rewritten: dict[tuple[frozenset[Group], int | None], Outcome] = {}  # and in slabs
@@ -368,6 +378,8 @@ class _Selecting:
     ) -> Comparison:
         training = self.mode == "training"
         runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
+        if memory:  # the whole is compared with the model, as a caller sees it
+            runs["looplift"] = partial(_in_turn, self.before, runs["looplift"])
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
         with buffers_kept(self.model):
             timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,

@@ -97,9 +97,11 @@ class _Sinking:
             known[node, axis] = head(f"slice_{k}", value(node).select(axis, 0))
         if not moving:
             head("slice_0", value(carries[0]).new_empty(()))
-        given: list[tuple[Node, int | None]] = [(n, None) for n in fixed]
-        for k, node in enumerate(fixed):
-            inner[heads[len(carries) + len(slices) + k]] = head(f"invariant_{k}", value(node))
+        given: list[tuple[Node, int | None]] = []
+        for node, of_body in zip(fixed, heads[len(carries) + len(slices) :], strict=True):
+            if of_body.users:
+                inner[of_body] = head(f"invariant_{len(given)}", value(node))
+                given.append((node, None))
         for node, place in still:
             gone = value(node) if place is None else value(node).select(place, 0)
             known[node, place] = head(f"invariant_{len(given)}", gone)

@@ -12,7 +12,8 @@ Sound if:
     or composed of these, on one floating dtype. The kernel computes these operations, with the
     vector functions that eager operations use; its backward is the differentiated step, walked
     from the last to the first, with products of all steps at once where they are off its cycle.
-    Complex numbers are pairs of real ones; half precision is computed in float32.
+    Complex numbers are pairs of real ones; half precision is computed in float32. Short loops
+    inside a step are written out.
 Skips:
     other operations; several dtypes; values too large for a core's cache; loops of few steps,
     which a kernel is not worth building for; other devices than the CPU; no compiler.
@@ -32,6 +33,7 @@ from ..optimizer.facts import Facts, body_of, is_scan, source_line, trips
 from ..optimizer.fusible import Fusible, by_kernel, call, fusible
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.unroll import inner_trips
 
 FEW = 16  # steps: a kernel takes seconds to build
 FEWEST = 5  # iterations on one value: Newton–Schulz has no more
@@ -48,7 +50,7 @@ class FuseRecurrences:
             if not is_scan(scan):
                 continue
             fewest = FEWEST if only_iterates(scan) else FEW
-            if trips(scan) < fewest:
+            if trips(scan) * max(inner_trips(body_of(scan)), default=1) < fewest:
                 reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
                 yield Skip(self.name, reason, source_line(scan))
                 continue

@@ -385,6 +385,24 @@ def test_a_loop_is_rewritten_for_the_sizes_of_the_call_then_they_stay_symbolic(
     assert rewritten == [True] * 4 + [False]  # half of Dynamo's recompile_limit of 8
 
 
+def test_several_sizes_may_change_at_once(
+    inner: Inner, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(rewards: Tensor, going_on: Tensor) -> Tensor:
+        values, value = torch.empty_like(rewards), torch.zeros(())
+        for t in reversed(range(rewards.shape[1])):
+            value = values[:, t] = rewards[:, t] + value * going_on[:, t]
+        return values
+
+    given: list[str] = []
+    fast = torch.compile(run, backend=through(inner, given))
+    for sizes in ((2, 24, 1), (3, 20, 1), (4, 30, 1)):
+        inputs = torch.randn(sizes), torch.rand(sizes)
+        assert_close(fast(*inputs), run(*inputs))
+    assert [str(g.graph) not in given for g in inner.graphs] == [True] * 3
+    assert not [r for r in caplog.records if r.name.startswith("looplift")]
+
+
 def test_numbers_among_the_inputs_keep_their_places(inner: Inner) -> None:
     def run(n: int, x: Tensor, m: int) -> Tensor:
         model = functional.linear

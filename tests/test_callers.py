@@ -432,3 +432,66 @@ def test_what_is_refused_with_a_reason(
     fast = apply_passes(model, inputs, measure=False)
     assert reason in str(fast.report.signatures[0].failure)
     assert fast(*inputs).shape == model(*inputs).shape
+
+
+class Neuron(Gated):
+    """Its state is in attributes, as in libraries of spiking networks; `kept_here` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.steps, self.kept_here = torch.zeros(()), 0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x + self.state)
+        if self.kept_here:
+            self.state, self.steps = y.mean().detach(), self.steps + x.shape[1]
+        return y
+
+
+def test_what_is_refused_again_and_again_is_not_looked_at() -> None:
+    model, x = Neuron(), torch.randn(3, 30, 5)
+    fast = apply_passes(model, measure=False)
+    for _ in range(12):
+        fast(x)
+    assert [s.failure is not None for s in fast.report.signatures] == [True, True]
+    with torch.no_grad():
+        fast(x)  # another way to call it
+    assert len(fast.report.signatures) == 3
+
+
+def test_a_setting_that_changes_after_a_refusal_counts() -> None:
+    model, x = Neuron(), torch.randn(3, 30, 5)
+    fast = apply_passes(model, (x,), measure=False, mode="inference")
+    assert fast.report.signatures[0].failure is not None
+    model.kept_here = False
+    with torch.no_grad():
+        fast(x)
+    assert fast.report.signatures[1].failure is None
+    assert "fused_scan" in fast.code
+
+
+class Chosen(nn.Module):
+    """A loop, or one operation that nothing is to be gained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.loops = Gated(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gated(x) if self.loops else x * 2
+
+
+def test_where_the_original_runs_changes_are_seen_in_the_end() -> None:
+    model, x = Chosen(), torch.randn(3, 30, 5)
+    fast = apply_passes(model, measure=False)
+    with torch.no_grad():
+        for _ in range(20):
+            fast(x)
+        model.loops = True
+        for _ in range(63):
+            assert_close(fast(x), model(x))
+    assert len(fast.report.signatures) == 2
+    assert "fused_scan" in fast.code
+    model.loops = False
+    with torch.no_grad():
+        assert_close(fast(x), x * 2)  # at once, where it is no original that runs

@@ -497,14 +497,29 @@ def test_longer_inputs_than_were_compared_are_compared_once() -> None:
     assert len(fast.report.signatures) == 1
 
 
-def test_longer_inputs_are_compared_no_second_time() -> None:
+def scaled_at_some_lengths(m: Any, x: Tensor) -> Tensor:
+    total = scaled_sum(m, x)
+    length = x.shape[1]
+    return total * 2 if (length % 7 == 0 and length > 20) or 100 <= length < 200 else total
+
+
+def test_lengths_that_a_model_treats_otherwise_are_seen() -> None:
+    model = Model(scaled_at_some_lengths)
+    fast = optimized(model, *long())
+    assert told(fast).startswith("one program")
+    for length in (21, 22, 49, 63, 99, 100, 150, 199, 200, 399, 402, 406, 49):
+        same(fast, model, *long(length))
+    assert len(fast.report.signatures) == 1
+
+
+def test_each_length_is_compared_once() -> None:
     model = Model(scaled_sum)
     fast = optimized(model, *long())
     with torch.no_grad(), mock.patch.object(
         every_length, "verify_once", wraps=verify_once) as compared:
         for length in (900, 900, 800, 700, 950):
             assert_close(fast(*long(length)), model(*long(length)))
-    assert compared.call_count == 2
+    assert compared.call_count == 4
 
 
 def every_third(m: Any, x: Tensor) -> Tensor:

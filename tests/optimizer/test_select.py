@@ -15,6 +15,7 @@ from looplift.optimizer.capture import capture
 from looplift.optimizer.facts import Facts, aten, is_op, source_line
 from looplift.optimizer.measure import Comparison, Timing
 from looplift.optimizer.rewrite import Rewrite, Skip
+from looplift.optimizer.signature import Watched
 from looplift.passes import ORDER
 from torch import Tensor, nn
 from torch.fx import Node
@@ -141,6 +142,27 @@ def test_the_greatest_loser_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "change" in {r["pass_name"] for r in told["rewrites"]}
     assert [d["pass_name"] for d in told["declined"] if "loses" in d["reason"]] \
         == ["batch-timesteps"]
+
+
+def test_what_each_call_looks_at_counts_as_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    counted: dict[str, int] = {}
+
+    def interleaved(candidates: Mapping[str, Any], **given: Any) -> Comparison:
+        for name, run in candidates.items():
+            looked.clear()
+            run()
+            counted.update({name: len(looked)} if "naive" in candidates else {})
+        return timed({"looplift": 2.0})(candidates, **given)
+
+    def version(watched: Watched) -> int:
+        looked.append(1)
+        return 0
+
+    monkeypatch.setattr(select, "interleaved", interleaved)
+    monkeypatch.setattr(Watched, "version", version)
+    optimized()
+    assert counted == {"naive": 0, "looplift": 1}
 
 
 def test_worth_is_the_time_without_over_the_time_with(monkeypatch: pytest.MonkeyPatch) -> None:

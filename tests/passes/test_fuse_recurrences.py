@@ -272,8 +272,9 @@ def test_what_the_scan_reads(forward: Forward) -> None:
 
 @pytest.mark.parametrize(("forward", "reason"), [
     (sorts, "the loop computes sort, which the kernel has no rule for"),
-    (several_dtypes, "its values are not all of one floating dtype on one device"),
-    (counts, "its values are not all of one floating dtype on one device"),
+    (several_dtypes,
+     "its values are not all of one floating dtype on one device (float32, float64)"),
+    (counts, "its values are not all of one floating dtype on one device (float32, int64)"),
     (greatest_so_far, "the loop computes cummax, which the kernel has no rule for"),
     (quotient, "the loop divides by complex numbers"),
     (complex_root, "the loop computes sqrt of complex numbers"),
@@ -431,6 +432,96 @@ def test_numbers_of_each_step(forward: Forward) -> None:
     for run in (model, fast):
         given = x.clone().requires_grad_()
         results.append((run(given), torch.autograd.grad(run(given).sin().sum(), given)))
+    assert_close(results[1], results[0])
+
+
+def solved(m: Any, x: Tensor) -> Tensor:
+    """A few steps of a solver between two inputs."""
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        drive = torch.sigmoid(m.a(x[:, t]))
+        for _ in range(6):
+            h = (h + drive + (torch.sigmoid(h.unsqueeze(-1) - m.b.weight) * m.b.weight).sum(1)) \
+                / (1 + drive)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def smoothed_backwards(m: Any, x: Tensor) -> Tensor:
+    """Each step runs a short recurrence from the last to the first of its channels."""
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h, last, parts = torch.tanh(m.a(h) + x[:, t]), torch.zeros(x.shape[0], 1), []
+        for k in reversed(range(4)):
+            last = 0.5 * last + h[:, k : k + 1]
+            parts.append(last)
+        h = torch.cat(parts[::-1], 1) * m.decay
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def truncated(m: Any, x: Tensor) -> Tensor:
+    """Truncated back-propagation: too few rounds for a kernel, but for the steps in each."""
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        if t % 4 == 0:
+            h = h.detach()
+        h = torch.tanh(m.a(x[:, t]) + m.b(h))
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("without", [(), ("fuse-recurrences",), ("batch-timesteps",)])
+@pytest.mark.parametrize("forward", [solved, smoothed_backwards, truncated])
+def test_short_loops_in_a_step_are_written_out(forward: Forward, without: tuple[str, ...]) -> None:
+    model, x = Model(forward), torch.randn(3, STEPS, 4)
+    passes = tuple(p for p in ORDER if p.name not in without)
+    fast = looplift.apply_passes(model, (x,), measure=False, passes=passes)
+    assert fast.code.count("fused_scan(") == (not without or without[0] != "fuse-recurrences")
+    results = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        results.append((run(given), torch.autograd.grad(run(given).sin().sum(), [
+            given, *model.parameters()], allow_unused=True)))
+    assert_close(results[1], results[0])
+
+
+def solved_at_length(m: Any, x: Tensor) -> Tensor:
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        for _ in range(33):
+            h = torch.tanh(h * m.decay)
+        h = h + x[:, t]
+    return h
+
+
+def test_long_loops_in_a_step_are_not_written_out() -> None:
+    model, x = Model(solved_at_length), torch.randn(3, 20, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert "a step of it is a loop of 33 steps" in {
+        d["reason"] for d in fast.report.to_dict()["declined"]}
+    assert fast.code.count("fused_scan(") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_integers_that_are_promoted(dtype: torch.dtype) -> None:
+    def returns(m: Any, x: Tensor, done: Tensor) -> Tensor:
+        value, values = x[:, -1], []
+        for t in reversed(range(x.shape[1])):
+            ended = done[:, t].int() if dtype is torch.bool else done[:, t]
+            value = torch.tanh(x[:, t] + m.decay * (value * (1 - ended) + x[:, t] * ended))
+            values.append(value)
+        return torch.stack(values, 1)
+
+    model = Model(lambda m, pair: returns(m, *pair))
+    pair = torch.randn(3, STEPS, 4), (torch.rand(3, STEPS, 1) < 0.3).to(dtype)
+    fast = looplift.apply_passes(model, (pair,), measure=False)
+    assert "fused_scan" in fast.code
+    assert "for " not in fast.code.replace("# ", "#")
+    results = []
+    for run in (model, fast):
+        made = run(pair)
+        results.append((made, torch.autograd.grad(made.sin().sum(), model.decay)))
     assert_close(results[1], results[0])
 
 
