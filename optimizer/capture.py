@@ -503,6 +503,10 @@ def _explained(error: Exception) -> CaptureError:
     for name, reason in known:
         if name in names:
             return CaptureError(reason, frames)
+    within = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if "FunctionalTensor" in str(error) or torch.autograd.__file__ in within:
+        return CaptureError("forward differentiates or maps a function (`torch.func`, "
+                            "`torch.autograd`), which a graph would not hold", frames)
     return CaptureError(f"{type(error).__name__}: {error}", frames)
 
 

@@ -421,7 +421,28 @@ class Sparse(nn.Module):
         return h
 
 
+class Learns(nn.Module):
+    """Steps along a gradient that forward computes itself."""
+
+    def __init__(self, mapped: bool) -> None:
+        super().__init__()
+        self.mapped = mapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(5):
+            if self.mapped:
+                x = x - 0.1 * torch.func.vmap(torch.func.grad(lambda row: (row**2).sum()))(x)
+            else:
+                x = x.detach().requires_grad_()
+                with torch.enable_grad():
+                    [slope] = torch.autograd.grad((x**2).sum(), x)
+                x = x - 0.1 * slope
+        return x
+
+
 @pytest.mark.parametrize(("model", "inputs", "reason"), [
+    (Learns(True), (torch.randn(4, 3),), "differentiates or maps a function"),
+    (Learns(False), (torch.randn(4, 3),), "differentiates or maps a function"),
     (Unregistered(), (torch.randn(20, 3),), "nn.ModuleList"),
     (Sparse(), (torch.eye(5).to_sparse(), torch.randn(5, 3)), "layout torch.sparse_coo"),
     (Gated().to("meta"), (torch.randn(3, 30, 5, device="meta"),), "meta device"),

@@ -64,7 +64,7 @@ class Entry:
     package: str | None
     build: Callable[[], Any]
     inputs: Callable[[int], tuple[Tensor, ...]] = sequence
-    lengths: tuple[int, int] = (24, 96)
+    lengths: tuple[int, ...] = (24, 96)
     loops: int = 1
 
 
@@ -98,7 +98,7 @@ def mamba_config(**more: Any) -> Any:
                   num_hidden_layers=2, use_cache=False, use_associative_scan=False, **more)
 
 
-@entry("Mamba mixer", "transformers")
+@entry("Mamba mixer", "transformers", lengths=(24, 96, 1024))
 def mamba() -> Any:
     return modeling("mamba").MambaMixer(mamba_config(), layer_idx=0)
 
