@@ -503,7 +503,8 @@ def scaled_at_some_lengths(m: Any, x: Tensor) -> Tensor:
     return total * 2 if (length % 7 == 0 and length > 20) or 100 <= length < 200 else total
 
 
-def test_lengths_that_a_model_treats_otherwise_are_seen() -> None:
+def test_lengths_that_a_model_treats_otherwise_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(every_length, "QUICK", 0.0)  # chosen at 64, however fast the machine is
     model = Model(scaled_at_some_lengths)
     fast = optimized(model, *long())
     assert told(fast).startswith("one program")
