@@ -69,7 +69,7 @@ def fused_scan(
     """
     given = (*carries, *slices, *invariants)
     if not torch.compiler.is_compiling() and _transformed():
-        return _plain(step, carries, slices, invariants, axes, reverse)
+        return plain(step, carries, slices, invariants, axes, reverse)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() \
             or any(type(t) not in PLAIN or t.is_meta for t in given):
         made: list[Tensor] = scan_operator(step, carries, slices, invariants, axes, reverse)
@@ -108,7 +108,7 @@ def _run(
     if any(t.shape[0] != slices[0].shape[0] for t in slices):
         raise ValueError(f"slices hold {[t.shape[0] for t in slices]} steps, not equally many")
     if any((t.device, t.dtype) != (first.device, first.dtype) for t in given):
-        return _plain(step, carries, slices, invariants, axes, reverse)
+        return plain(step, carries, slices, invariants, axes, reverse)
     if first.dtype in HALVES:
         carries, slices, invariants = ([t.float() for t in ts]
                                        for ts in (carries, slices, invariants))
@@ -116,7 +116,7 @@ def _run(
         return [t.to(first.dtype) for t in made]
     return _by_kernel(step, carries, slices, invariants, axes, reverse, spent) \
         or _at_once(step, carries, slices, invariants, axes, reverse) \
-        or _plain(step, carries, slices, invariants, axes, reverse)
+        or plain(step, carries, slices, invariants, axes, reverse)
 
 
 def _by_kernel(
@@ -177,13 +177,13 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.new_empty(0).set_(tensor.untyped_storage(), *place)
 
 
-def _plain(
+def plain(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
     axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
-    body: Any = step_function(step)
+    """`fused_scan`, step by step."""
     turned = [s.flip(0) for s in slices] if reverse else slices
-    results = plain_loop(body, carries, turned, invariants)
+    results = plain_loop(step_function(step), carries, turned, invariants)
     held = len(carries)
     finals = [r.clone() for r in results[:held]]
     return finals + [(r.flip(0) if reverse else r).movedim(0, axis)
@@ -207,7 +207,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
     given = [t for t in (*saved, *grads) if t is not None]
     if _transformed() or not all(map(torch._C._has_storage, given)):  # or gradients are batched
-        return backward(lambda *args: _plain(*args[:-1]), True, ctx, saved, grads)
+        return backward(lambda *args: plain(*args[:-1]), True, ctx, saved, grads)
     if torch.is_grad_enabled() or any(type(t) not in PLAIN for t in given):
         return backward(lambda *args: scan_operator(*args[:-1]), True, ctx, saved, grads)
     chunks = given[0].device.type == "cpu"  # elsewhere all steps run at once, the more the better

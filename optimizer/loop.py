@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 
 def plain_loop(
-    body: GraphModule, carries: Sequence[Tensor], slices: Sequence[Tensor],
+    body: Callable[..., Sequence[Tensor]], carries: Sequence[Tensor], slices: Sequence[Tensor],
     invariants: Sequence[Any], last: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """Final carries, then per-step outputs stacked on axis 0; of those in `last` the last alone.
@@ -20,7 +19,7 @@ def plain_loop(
     `step` is one slice of each of `slices`, along axis 0. At least one step.
     """
     held = len(carries)
-    collected: list[list[Tensor]] = []
+    collected: list[Sequence[Tensor]] = []
     for step in zip(*(s.unbind(0) for s in slices), strict=True):
         results = body(*carries, *step, *invariants)
         carries = results[:held]

@@ -206,7 +206,7 @@ def compare(seed: int, kernel: bool = True) -> str:
     except Unsupported as reason:
         return str(reason)
     turned = [s.flip(0) if reverse else s for s in slices]
-    results: Any = plain_loop(body, carries, turned, invariants)  # type: ignore[arg-type]
+    results: Any = plain_loop(body, carries, turned, invariants)
     held = len(carries)
     axes = [draw.randrange(len(shape) + 1) for shape in step.outputs]
     want = [*results[:held], *((r.flip(0) if reverse else r).movedim(0, axis)

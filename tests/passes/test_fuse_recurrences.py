@@ -148,8 +148,20 @@ def heated(m: Any, x: Tensor) -> Tensor:
     return u
 
 
+def turned_in_rounds(m: Any, x: Tensor) -> Tensor:
+    """Complex numbers that a loop in a step reads."""
+    z = torch.complex(x, x.flip(1))
+    h = z[:, 0]
+    for t in range(x.shape[1]):
+        if t % 4 == 0:
+            h = h * 0.5
+        h = m.decay * h + z[:, t]
+    return h
+
+
 FORWARDS = [heated, gated, last_of_two, spiking, backwards, running_greatest, gates,
-            recurrent_cells, normed, delta_rule, rotating, mixed_by_a_complex_matrix]
+            recurrent_cells, normed, delta_rule, rotating, mixed_by_a_complex_matrix,
+            turned_in_rounds]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
