@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .builder import storage
-from .capture import State
 from .cases import Leaves, attached, flat_outputs
+from .state import Attributes, State
 
 
 @dataclass
@@ -26,14 +26,15 @@ class Observation:
 
 def observe(
     model: nn.Module, inputs: Leaves, spec: pytree.TreeSpec, state: Sequence[State],
-    training: bool, seed: int, again: bool = False,
+    training: bool, seed: int, again: bool = False, attributes: bool = True,
 ) -> Observation:
     """Call `model` once (with `again` twice) and note all there is to see.
 
     With `training`, gradients of a random projection of the outputs are taken to every
-    floating input and every parameter.
+    floating input and every parameter. With `attributes`, what it assigns to those of its
+    modules is one of its outputs.
     """
-    seen = Observation()
+    seen, before = Observation(), Attributes(model)
     wanted = {s.name: s.get() for s in state if s.get().requires_grad}
     if training:
         sources = {
@@ -51,7 +52,13 @@ def observe(
     try:
         with torch.set_grad_enabled(training):
             result = model(*args, **kwargs)
-        outputs, output_spec = flat_outputs(result)
+        flat, output_spec = flat_outputs(result)
+        outputs = {f"output {position}": leaf for position, leaf in enumerate(flat)}
+        changes = before.changes() if attributes or again else []
+        for change in changes if attributes else ():
+            flat, seen.facts[f"structure of {change.name}"] = flat_outputs(change.after)
+            outputs |= {f"attribute {change.name} {i}".removesuffix(" 0"): leaf
+                        for i, leaf in enumerate(flat)}
         seen.facts["random state"] = torch.get_rng_state().sum().item(), _digest(
             torch.get_rng_state())
         _outputs(seen, outputs, output_spec, held)
@@ -59,6 +66,7 @@ def observe(
         if training:
             _gradients(seen, outputs, wanted, seed)
         if again:
+            before.put_back(changes)
             with torch.no_grad():
                 leaves = pytree.tree_leaves(model(*args, **kwargs))
             seen.values |= {f"output {i} of a second call": _dense(leaf)
@@ -73,13 +81,12 @@ def _digest(tensor: Tensor) -> int:
 
 
 def _outputs(
-    seen: Observation, outputs: Sequence[Any], spec: pytree.TreeSpec, held: dict[str, Tensor]
+    seen: Observation, outputs: dict[str, Any], spec: pytree.TreeSpec, held: dict[str, Tensor]
 ) -> None:
     seen.facts["structure of the output"] = str(spec)
     owners = {_storage(tensor): name for name, tensor in reversed(held.items())}
     identities = {id(tensor): name for name, tensor in held.items()}
-    for position, leaf in enumerate(outputs):
-        name = f"output {position}"
+    for name, leaf in outputs.items():
         if not isinstance(leaf, Tensor):
             seen.facts[name] = (type(leaf), leaf)
             continue
@@ -114,11 +121,11 @@ def _inputs(seen: Observation, held: dict[str, Tensor], versions: dict[str, int]
 
 
 def _gradients(
-    seen: Observation, outputs: Sequence[Any], wanted: dict[str, Tensor], seed: int
+    seen: Observation, outputs: dict[str, Any], wanted: dict[str, Tensor], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     roots, weights = [], []
-    for leaf in outputs:
+    for leaf in outputs.values():
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
             roots.append(leaf)

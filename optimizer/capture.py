@@ -7,16 +7,15 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import random
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,11 +33,21 @@ from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
 from .facts import PHYSICAL, TORCH, is_op, source_line
 from .functions import Function, NoOperator, called
-from .held import Contents
 from .normal_form import UnsupportedRegion, normalize
+from .state import (
+    EFFECT,
+    PLAIN,
+    Assigned,
+    Attributes,
+    Effect,
+    State,
+    assignments,
+    model_state,
+    note_assigned,
+    swapped,
+)
 
 OWN = str(__file__).rsplit("/", 1)[0]
-PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
 TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
 
 
@@ -58,41 +67,23 @@ class CaptureError(Exception):
 
 
 @dataclass(frozen=True)
-class State:
-    """One tensor that a model holds: where it hangs, and under which attribute."""
-
-    name: str  # qualified, as in state_dict
-    owner: nn.Module
-    attribute: str
-
-    def get(self) -> Tensor:
-        holder, name = self.place()
-        return cast(Tensor, holder[name])
-
-    def place(self) -> tuple[dict[str, Any], str]:
-        """The dictionary that holds the tensor, and its name there."""
-        for held in (self.owner._parameters, self.owner._buffers, vars(self.owner)):
-            if held.get(self.attribute) is not None:
-                return held, self.attribute
-        raise AttributeError(f"the model no longer has {self.name!r}")
-
-
-@dataclass(frozen=True)
 class Capture:
     """A model's forward as a pure function of its state and its flat inputs.
 
     The graph's placeholders are the `state` in order, then the flat tensor inputs
     (`tensor_inputs` are their places among all flat inputs). Its outputs are the flat
-    outputs, then a new value for each of `written`. `same_as` maps an output to the
-    placeholder whose very tensor the model returns after writing to it; `constants` holds the
-    outputs that are no tensors. `seen` is how the outputs lie in memory.
+    outputs, what is `assigned` to attributes of the model, then a new value for each of
+    `written`. `same_as` maps an output to the placeholder whose very tensor the model returns
+    after writing to it; `constants` holds the outputs that are no tensors. `seen` is how the
+    outputs lie in memory.
     """
 
     graph_module: GraphModule
     state: tuple[State, ...]
     tensor_inputs: tuple[int, ...]
     output_spec: pytree.TreeSpec
-    outputs: int
+    outputs: int  # with what is assigned
+    assigned: tuple[Assigned, ...]
     written: tuple[int, ...]
     same_as: dict[int, int]
     constants: dict[int, Any]
@@ -102,82 +93,6 @@ class Capture:
     asks_for_gradients: bool = False  # whether forward read a `requires_grad`
     rolled: bool = False  # whether the loops in the graph are folded already
     begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
-
-
-def underlying(model: nn.Module) -> nn.Module:
-    """The module whose parameters `model` runs on: itself, or the original of a rewritten one."""
-    found = vars(model).get("original")
-    return found if isinstance(found, nn.Module) else model
-
-
-def model_state(model: nn.Module) -> tuple[State, ...]:
-    """Parameters, buffers and plain tensor attributes, each tensor once."""
-    seen: set[int] = set()
-    found = []
-    for prefix, module in underlying(model).named_modules():
-        held = {**module._parameters, **module._buffers, **vars(module)}
-        for attribute, tensor in held.items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                found.append(State(name, module, attribute))
-    return tuple(found)
-
-
-@contextlib.contextmanager
-def swapped(
-    model: nn.Module, tensors: dict[int, Tensor], strict: bool = True, restore: bool = True
-) -> Iterator[None]:
-    """The model with each of its tensors, shared ones too, replaced by that of the same id.
-
-    On the way out everything is put back, also what forward assigned meanwhile; if `strict`,
-    raises `CaptureError` if it did assign an attribute, since that effect would be lost.
-    (What torch's own modules assign is bookkeeping.) Without `restore`, what lists, tables and
-    objects of the model hold stays as forward left it.
-    """
-    modules = list(underlying(model).modules())
-    holders: list[dict[str, Any]] = [
-        holder
-        for module in modules
-        for holder in cast(
-            tuple[dict[str, Any], ...], (vars(module), module._parameters, module._buffers)
-        )
-    ]
-    ours = [strict and not type(m).__module__.startswith("torch.") for m in modules]
-    own = [checked for checked in ours for _ in range(3)]
-    before = [dict(holder) for holder in holders]
-    original = Contents(modules)
-    try:
-        original.swap(tensors)
-        swapped_in = Contents(modules) if strict else None
-        swaps = []
-        for holder in holders:
-            for key, held in holder.items():
-                if isinstance(held, Tensor) and id(held) in tensors:
-                    holder[key] = tensors[id(held)]
-                elif key == "_flat_weights":  # of nn.RNN and its kind
-                    holder[key] = [tensors.get(id(weight), weight) for weight in held]
-            swaps.append(dict(holder))
-        yield
-        for holder, swap, checked in zip(holders, swaps, own, strict=True):
-            for key in (holder.keys() | swap.keys()) if checked else ():
-                if holder.get(key) is not swap.get(key) and not isinstance(holder.get(key), dict):
-                    raise CaptureError(f"forward assigns the attribute {key!r}, {EFFECT}")
-        changed = swapped_in.changed() if swapped_in is not None else None
-        if changed is not None:
-            raise CaptureError(f"forward changes what the attribute {changed!r} holds, {EFFECT}")
-    finally:
-        for holder, contained in zip(holders, before, strict=True):
-            holder.clear()
-            holder.update(contained)
-        if restore:
-            original.put_back()
-
-
-EFFECT = (
-    "an effect that a captured graph would not repeat; keep the value in a "
-    "registered buffer and write to it in place"
-)
 
 
 def capture(
@@ -219,6 +134,8 @@ def capture(
                 )(*fakes)
         except CaptureError:
             raise
+        except Effect as error:
+            raise CaptureError(str(error)) from error
         except Exception as error:
             raise _explained(error) from error
     held = [getattr(graph_module, str(n.target))
@@ -239,8 +156,8 @@ def capture(
     _refuse_layouts(graph_module)
     _refuse_constants(graph_module)
     return Capture(
-        graph_module, state, places, trace.output_spec, trace.outputs, trace.written,
-        trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
+        graph_module, state, places, trace.output_spec, trace.outputs, trace.assigned,
+        trace.written, trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
         trace.asks_for_gradients,
     )
 
@@ -292,6 +209,7 @@ class _Trace:
         self.inputs = [flat[i] for i in places]
         self.output_spec: pytree.TreeSpec | None = None
         self.outputs = 0
+        self.assigned: tuple[Assigned, ...] = ()
         self.written: tuple[int, ...] = ()
         self.same_as: dict[int, int] = {}
         self.constants: dict[int, Any] = {}
@@ -319,17 +237,22 @@ class _Trace:
             leaves[place] = leaf
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         given = pytree.tree_leaves((args, kwargs))
-        with swapped(self.model, tensors), ConstantAnswers() as answers:
-            result = self.model(*args, **kwargs)
+        with swapped(self.model, tensors) as before:
+            with ConstantAnswers() as answers:
+                result = self.model(*args, **kwargs)
+            changes = before.changes()
         self.asks_for_gradients = answers.asks_for_gradients
         left = pytree.tree_leaves((args, kwargs))
         if len(left) != len(given) or any(a is not b for a, b in zip(left, given, strict=True)):
             raise CaptureError(f"forward changes a list or table among its arguments, {EFFECT}")
         outputs, self.output_spec = flat_outputs(result)
-        self.outputs = len(outputs)
         for leaf in outputs:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor")
+        assigned, more = assignments(changes, len(outputs))
+        self.assigned = tuple(assigned)
+        outputs += more
+        self.outputs = len(outputs)
         self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
         return [x if isinstance(x, Tensor) else None for x in outputs]
 
@@ -357,8 +280,9 @@ def run_on_copies(
     positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
     state = {id(s.get()): s.get().detach().clone().requires_grad_(s.get().requires_grad)
              for s in model_state(model)}
-    with swapped(model, state, strict=False, restore=restore):
+    with swapped(model, state, restore=restore) as before:
         model(*positional, **named)
+        note_assigned(before.changes())
 
 
 def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -367,16 +291,15 @@ def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     What forward stores in lists, tables and objects of the model stays there if it is a cache:
     a second call leaves it alone, and it holds nothing that parameters gave a gradient.
     """
-    modules = list(underlying(model).modules())
-    before = Contents(modules)
+    before = Attributes(model).contents
     try:
         with mock.patch.object(Tensor, "register_hook", _refuse_hook):
             run_on_copies(model, args, kwargs, restore=False)
-        if before.changed() is not None:
-            filled = Contents(modules)
+        if before.changed():
+            filled = Attributes(model).contents
             grads = any(t.requires_grad for t in before.new_tensors())
             run_on_copies(model, args, kwargs, restore=False)
-            if grads or filled.changed() is not None:
+            if grads or filled.changed():
                 before.put_back()
     except Exception as error:
         before.put_back()

@@ -16,15 +16,18 @@ from torch.utils import _pytree as pytree
 
 from .double import Width
 from .family import Family
-from .formula import Lengths, Samples
+from .formula import Lengths, Samples, at
 from .general import NotOneProgram, general
 from .measure import buffers_kept, call
+from .pipeline import run_passes
 from .rewritten import Rewritten
-from .select import LITTLE, Options, Selection, again, select
+from .select import LITTLE, STRUCTURAL, Options, Selection, again, select
 from .verdict import Differs, Equal
 from .verify import Seen, verify_once
 
 QUICK = 0.02  # seconds: choices are measured at the longest length at which a step takes no more
+SOON = 0.5  # seconds: where a step takes no more, it is seen first if it is the same program
+FEW = 2000  # operations of a trace that is soon made
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
 LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shortest
 MOST_LENGTHS = 32  # at which rewrites are carried out anew
@@ -55,7 +58,11 @@ def optimize_family(
     one.
     """
     wanted = tuple(n for free in found.frees if (n := free.of(leaves)) is not None)
-    chosen_at = measuring_lengths(model, found, leaves, spec, wanted)
+    chosen_at, seconds = measuring_lengths(model, found, leaves, spec, wanted)
+    growth = prod(w / c for w, c in zip(wanted, chosen_at, strict=True))
+    exact = options.verify and not options.allow_random_reorder
+    if seconds * growth <= SOON and exact and found.holds(wanted):
+        _compare(model, found, found.resized(leaves, wanted), spec, options, wanted)
     short = found.resized(leaves, chosen_at)
     args, kwargs = pytree.tree_unflatten(short, spec)
     captured = found.capture(short)
@@ -70,12 +77,17 @@ def optimize_family(
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:
             raise NotOneProgram(f"at length {_named(chosen_at)}: {wrong[0].reason}")
-        choice = Chosen(selection, _always(model), tuple(1 for _ in found.first))
+        choice = Chosen(selection, _always(model), tuple(
+            (first - 1) % step + 1 for first, step in zip(found.first, found.steps, strict=True)))
         if selection.rewritten is not None:
             progress(f"verifying at other lengths ({mode})")
             choice = EachLength(model, found, leaves, spec, selection, options).chosen(
                 chosen_at, wanted, seen)
         made[mode] = choice
+    nothing = all(choice.selection.rewritten is None for choice in made.values())
+    if nothing and growth > 2 and at(found.size, wanted) <= FEW:
+        raise NotOneProgram(f"nothing paid at length {_named(chosen_at)}, from which little is "
+                            "known of longer ones, and their trace is short")
     leasts = zip(*(choice.least for choice in made.values()), strict=True)
     found = replace(found, first=tuple(map(max, leasts)))
     told = [f"chosen at {_named(chosen_at)}"]
@@ -83,11 +95,28 @@ def optimize_family(
     return found, made, ", ".join(told)
 
 
+def _compare(
+    model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
+    options: Options, lengths: Lengths,
+) -> None:
+    """Raise `NotOneProgram` where the folded program is not what the model does at `lengths`."""
+    captured = found.capture(leaves)
+    passes = [p for p in options.passes if p.name in (options.passes[0].name, STRUCTURAL)]
+    made = Rewritten(model, captured, run_passes(
+        captured, passes, allow_approximate=options.allow_approximate).graph_module)
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    differs, _ = verify_once(model, made, args, kwargs, mode="inference", widths=[Width.OWN])
+    if differs is not None:
+        raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
+
+
 def measuring_lengths(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
     wanted: Lengths,
-) -> Lengths:
+) -> tuple[Lengths, float]:
     """The lengths to choose at: `wanted`, or shorter ones that run quickly, in the same steps.
+
+    The second result is about how many seconds a training step takes there.
 
     `NotOneProgram` where the five further ones that are needed pass the longest that may be.
     """
@@ -104,14 +133,16 @@ def measuring_lengths(
         run()
         start = time.perf_counter()
         run()
-    more = min(max(1.0, QUICK / (time.perf_counter() - start)), MOST) ** (1 / len(short))
+    seconds = time.perf_counter() - start
+    more = min(max(1.0, QUICK / seconds), MOST) ** (1 / len(short))
     chosen = tuple(
         min(most, first + int((length * more - first) // step) * step)
         for length, first, step, most in zip(short, firsts, steps, mosts, strict=True)
     )
     near = all(w <= 2 * c for w, c in zip(wanted, chosen, strict=True))
     fits = all(w <= most for w, most in zip(wanted, mosts, strict=True))
-    return wanted if near and fits and found.holds(wanted) else chosen
+    picked = wanted if near and fits and found.holds(wanted) else chosen
+    return picked, seconds * prod(p / n for p, n in zip(picked, short, strict=True))
 
 
 class EachLength:
@@ -290,6 +321,10 @@ class ComparedLengths:
                 return self.each.model
             self.compared.add(lengths)
         return self.module
+
+    def anew(self) -> ComparedLengths:
+        """The same, to be compared once more at all lengths: the model holds something else."""
+        return replace(self, compared=None if self.compared is None else set())
 
 
 def _always(module: nn.Module) -> Make:

@@ -201,8 +201,8 @@ def _unified(
     lengths, captures, outcomes = zip(*traced, strict=True)
     samples = Samples([free.name for free in frees], lengths)
     sample = captures[0]
-    if not agree([(c.tensor_inputs, c.output_spec, c.outputs, c.written, c.same_as, len(c.seen),
-                   sorted(c.constants)) for c in captures]):
+    if not agree([(c.state, c.tensor_inputs, c.output_spec, c.outputs, c.assigned, c.written,
+                   c.same_as, len(c.seen), sorted(c.constants)) for c in captures]):
         raise NotOneProgram("its inputs or outputs are others at other lengths")
 
     def number(values: Sequence[Any], what: str) -> Any:

@@ -18,13 +18,13 @@ OPAQUE = (
 )
 
 
-def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """Each list, table, set or object's attributes, with the module's attribute it hangs on."""
-    stack = [(key, held) for module in modules for key, held in vars(module).items()
+def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Each list, table, set or object's attributes, with the module and attribute it hangs on."""
+    stack = [(module, key, held) for module in modules for key, held in vars(module).items()
              if key not in OWN]
     seen: set[int] = set()
     while stack and len(seen) < MOST:
-        key, held = stack.pop()
+        owner, key, held = stack.pop()
         if isinstance(held, OPAQUE) or id(held) in seen:
             continue
         seen.add(id(held))
@@ -33,38 +33,38 @@ def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
         if inside is None or isinstance(inside, types.MappingProxyType):
             continue
         if not isinstance(inside, tuple):
-            yield key, inside
+            yield owner, key, inside
         items = inside.values() if isinstance(inside, dict) else inside
-        stack += [(key, item) for item in items]
+        stack += [(owner, key, item) for item in items]
 
 
 class Contents:
     """The contents of all containers of some modules, to be compared with and put back."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.kept = [(key, held, copy.copy(held)) for key, held in containers(modules)]
+        self.kept = [(*found, copy.copy(found[-1])) for found in containers(modules)]
 
-    def changed(self) -> str | None:
-        """The attribute below which something is not as it was."""
-        return next((key for key, held, was in self.kept if not _same(held, was)), None)
+    def changed(self) -> list[tuple[nn.Module, str, Any, Any]]:
+        """What is not as it was: the module and attribute it hangs on, and how it was."""
+        return [kept for kept in self.kept if not _same(*kept[2:])]
 
     def swap(self, tensors: Mapping[int, Tensor]) -> None:
         """Replace each tensor by that of the same id."""
-        for _, held, _ in self.kept:
+        for _, _, held, _ in self.kept:
             places = held.items() if isinstance(held, dict) else enumerate(held)
             for place, item in list(places) if not isinstance(held, set) else ():
                 if isinstance(item, Tensor) and id(item) in tensors:
                     held[place] = tensors[id(item)]
 
     def put_back(self) -> None:
-        for _, held, was in self.kept:
+        for _, _, held, was in self.kept:
             if not _same(held, was):
                 held.clear()
                 (held.extend if isinstance(held, (list, collections.deque)) else held.update)(was)
 
     def new_tensors(self) -> Iterator[Tensor]:
         """The tensors in containers that were not there."""
-        for _, held, was in self.kept:
+        for _, _, held, was in self.kept:
             before = set(map(id, _items(was)))
             yield from (i for i in _items(held) if isinstance(i, Tensor) and id(i) not in before)
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
 from .cases import copied, flat
+from .state import Attributes
 
 AGAIN = "naive again"
 BUSY = 0.05  # noise above which a machine has other things to do
@@ -211,7 +212,7 @@ def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> C
             with torch.no_grad():
                 model(*args, **kwargs)
 
-        return inference
+        return _repeatable(model, inference)
     held = list(model.parameters()) if isinstance(model, nn.Module) else []
     wanted = [t for t in (*held, *own) if isinstance(t, Tensor) and t.requires_grad]
 
@@ -222,7 +223,22 @@ def call(model: Callable[..., Any], args: Any, kwargs: Any, training: bool) -> C
         if isinstance(loss, Tensor):
             torch.autograd.grad(loss, wanted, allow_unused=True)
 
-    return training_step
+    return _repeatable(model, training_step)
+
+
+def _repeatable(model: Any, run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, the attributes of `model` as they were before after each call."""
+    if not isinstance(model, nn.Module):
+        return run
+    before, changes = Attributes(model), None
+
+    def again() -> None:
+        nonlocal changes
+        run()
+        changes = before.changes() if changes is None else changes
+        before.put_back(changes)
+
+    return again
 
 
 @contextlib.contextmanager

@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 from .apply import ContractError
 from .capture import Capture, CaptureError, capture
 from .cases import copied
-from .every_length import Make, optimize_family
+from .every_length import ComparedLengths, Make, optimize_family
 from .family import Family, family
 from .general import NotOneProgram
 from .lengths import Free, found_lengths, given_lengths
 from .pipeline import Allowed
+from .program import program
 from .report import (
     ModeReport,
     Report,
@@ -34,6 +35,7 @@ from .report import (
 from .rewritten import Rewritten, share
 from .select import Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
+from .state import graphs_cut_off
 
 MOST_SIGNATURES = 8
 OFTEN, SELDOM = 8, 64  # where the original ran so often, each so manieth call looks for changes
@@ -74,7 +76,7 @@ class OptimizedModule(nn.Module):
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, any_length={}, families=[], rewritten=None, warned=False,
+            specialized={}, any_length={}, families=[], programs={}, rewritten=None, warned=False,
             seen=defaultdict(_Calls),
             asks_for_gradients=False, watched=Watched(original),
         )
@@ -86,6 +88,7 @@ class OptimizedModule(nn.Module):
     specialized: dict[Hashable, Callable[..., Any]]
     any_length: dict[Hashable, Make]  # by the signature at a family's first length
     families: list[Family]
+    programs: dict[Hashable, Any]  # what runs a program, or makes what runs it, by its inputs
     watched: Watched
     seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
@@ -128,15 +131,15 @@ class OptimizedModule(nn.Module):
             self._warn_once()
             return self.original
         mode = "training" if torch.is_grad_enabled() else "inference"
-        self.optimize(args, kwargs, (mode,))
-        here.refusals += self.report.signatures[-1].failure is not None
+        here.refusals += not self.optimize(args, kwargs, (mode,))
         return self.specialized.get(self._signature(leaves, structure), self.original)
 
-    def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> None:
+    def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> bool:
         """Capture, rewrite, verify and measure for these inputs, in each of `modes`.
 
-        Where that fails, for whatever reason, the original runs and the report says why. The
-        random state is left as it was.
+        Where that fails, for whatever reason, the original runs, the report says why, and False
+        is returned. Where the program was seen before, as after a call that left something in
+        an attribute, what was chosen then is taken. The random state is left as it was.
         """
         _, structure = flatten(tuple(args), kwargs)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
@@ -147,7 +150,8 @@ class OptimizedModule(nn.Module):
         try:
             for mode in modes:
                 self._keep(leaves, structure, mode, self.original)
-            with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
+            with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad(), \
+                    graphs_cut_off(self.original):
                 own = list(copied(tuple(leaves)))
                 told = self._optimize_lengths(own, spec, structure, modes, frees, done)
                 if not self._covered(leaves, structure, modes):
@@ -157,10 +161,13 @@ class OptimizedModule(nn.Module):
         except Exception as error:
             log.exception("looplift failed on %s; the original runs", type(self.original).__name__)
             failure = f"internal error, {type(error).__name__}: {error}"
+        if failure is None and not done:
+            return True  # its program was known
         seconds = time.perf_counter() - start - sum(mode.seconds for mode in done)
         self.report.signatures.append(SignatureReport(
             described_inputs(leaves), self.original.training, seconds, failure, tuple(done), told
         ))
+        return failure is None
 
     def _optimize_length(
         self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str],
@@ -170,10 +177,17 @@ class OptimizedModule(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         self.progress("capturing")
         captured = self._note(capture(self.original, args, kwargs))
+        seen = program(captured)
         for mode in modes:
+            with torch.set_grad_enabled(mode == "training"):
+                known = self._inputs(leaves, structure), seen
+            if known in self.programs:
+                self._keep(leaves, structure, mode, self.programs[known])
+                continue
             selection = select(self.original, captured, args, kwargs, self.options, mode,
                                self.progress, lambda: self._signature(leaves, structure))
             self._keep(leaves, structure, mode, selection.module)
+            self.programs[known] = selection.module
             done.append(mode_report(selection))
 
     def _optimize_lengths(
@@ -185,6 +199,9 @@ class OptimizedModule(nn.Module):
         named = bool(frees)
         frees = frees or found_lengths(self.original, args, kwargs)
         if not frees or not self.options.passes:
+            return None
+        self._find_known(leaves, spec, structure, modes)
+        if self._covered(leaves, structure, modes):
             return None
         self.progress("capturing at short lengths")
         allowed = Allowed(self.options.allow_approximate, self.options.allow_random_reorder)
@@ -201,9 +218,26 @@ class OptimizedModule(nn.Module):
         for mode, choice in made.items():
             with torch.set_grad_enabled(mode == "training"):
                 self.any_length[self._signature(short, structure, leaves)] = choice.make
+                known = self._inputs(short, structure, leaves), program(found.sample)
+                self.programs[known] = choice.make
             done.append(mode_report(choice.selection))
         self.families.append(found)
         return f"{found}, {chosen}"
+
+    def _find_known(
+        self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str]
+    ) -> None:
+        """Take over what was chosen for all lengths of a program that is the same now."""
+        for found in self.families:
+            if found.takes(leaves):
+                short = found.resized(leaves, found.traced[0])
+                seen = program(capture(self.original, *pytree.tree_unflatten(short, spec)))
+                for mode in modes:
+                    with torch.set_grad_enabled(mode == "training"):
+                        make = self.programs.get((self._inputs(short, structure, leaves), seen))
+                        if isinstance(make, ComparedLengths):
+                            self.any_length[self._signature(short, structure, leaves)] = \
+                                make.anew()
 
     def _covered(self, leaves: list[Any], structure: Hashable, modes: Sequence[str]) -> bool:
         """Whether a program for all lengths runs these inputs, in each of `modes`."""
@@ -247,9 +281,17 @@ class OptimizedModule(nn.Module):
         return self._seen_as(call_signature(leaves, structure), given or leaves)
 
     def _seen_as(self, called: Hashable, leaves: Sequence[Any]) -> Hashable:
-        wanted = self.asks_for_gradients and tuple([
+        return called, self.watched.version(), self._wanted(leaves)
+
+    def _inputs(
+        self, leaves: Sequence[Any], structure: Hashable, given: Sequence[Any] | None = None
+    ) -> Hashable:
+        """A signature without what the model holds."""
+        return call_signature(leaves, structure), self.training, self._wanted(given or leaves)
+
+    def _wanted(self, leaves: Sequence[Any]) -> Hashable:
+        return self.asks_for_gradients and tuple([
             leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)])
-        return called, self.watched.version(), wanted
 
     def _note(self, captured: Capture) -> Capture:
         vars(self)["asks_for_gradients"] |= captured.asks_for_gradients

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .builder import storage
 from .capture import Capture
 from .emit import compiled
+from .state import State
 
 
 class Rewritten(nn.Module):
@@ -29,6 +30,7 @@ class Rewritten(nn.Module):
     graph_module: GraphModule
     run: Callable[..., list[Any]]
     places: list[tuple[dict[str, Any], str]]  # of the model's tensors
+    deep: list[tuple[int, State]]  # of these, the ones in tables and tuples
     code: str
 
     def __init__(self, original: nn.Module, captured: Capture, graph_module: GraphModule) -> None:
@@ -38,6 +40,7 @@ class Rewritten(nn.Module):
         own["original"], own["captured"], own["graph_module"] = original, captured, graph_module
         own["run"], own["code"] = compiled(graph_module)
         own["places"] = [s.place() for s in captured.state]
+        own["deep"] = [(i, s) for i, s in enumerate(captured.state) if s.path]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
@@ -47,13 +50,20 @@ class Rewritten(nn.Module):
         """Whether it writes to tensors, and inputs lie in the memory of the model's own."""
         if not self.captured.written:
             return False
-        own = {storage(table[name]) for table, name in self.places}
+        own = {storage(tensor) for tensor in self._held()}
         return any(isinstance(leaf, Tensor) and storage(leaf) in own for leaf in leaves)
+
+    def _held(self) -> list[Tensor]:
+        """The model's tensors as they are now."""
+        found: list[Tensor] = list(starmap(getitem, self.places))
+        for place, state in self.deep:
+            found[place] = state.get()
+        return found
 
     def run_flat(self, leaves: list[Any]) -> Any:
         """The output for the flat inputs `leaves`."""
         captured = self.captured
-        tensors = [*starmap(getitem, self.places), *(leaves[i] for i in captured.tensor_inputs)]
+        tensors = [*self._held(), *(leaves[i] for i in captured.tensor_inputs)]
         if not captured.written:
             return self._returned(self.run(*tensors))
         given = list(tensors)
@@ -70,6 +80,10 @@ class Rewritten(nn.Module):
     def _returned(self, outputs: list[Any]) -> Any:
         for position, constant in self.captured.constants.items():
             outputs[position] = constant
+        for assigned in self.captured.assigned:
+            assigned.assign(outputs)
+        if self.captured.assigned:
+            outputs = outputs[: self.captured.output_spec.num_leaves]
         if self.captured.output_spec.is_leaf():
             return outputs[0]
         return pytree.tree_unflatten(outputs, self.captured.output_spec)

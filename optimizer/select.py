@@ -11,12 +11,11 @@ from typing import Any, cast
 from torch import nn
 
 from .behaviour import observe
-from .capture import Capture, model_state, swapped
+from .capture import Capture
 from .cases import copied, flat
 from .measure import (
     BUSY,
     Comparison,
-    Timing,
     buffers_kept,
     call,
     device_of,
@@ -26,6 +25,7 @@ from .measure import (
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
+from .state import model_state, swapped
 from .verdict import Differs, NotVerified, Verdict
 from .verify import fresh_state, verify
 
@@ -181,7 +181,7 @@ class _Selecting:
         """What a call of the original raises, with its backward in training."""
         leaves, spec = flat(self.args, self.kwargs)
         state = fresh_state(self.model)
-        with swapped(self.model, state, strict=False):
+        with swapped(self.model, state):
             seen = observe(self.model, copied(leaves), spec, model_state(self.model),
                            self.mode == "training", self.options.seed)
         return seen.exception
@@ -296,38 +296,39 @@ class _Selecting:
     def _within_budget(
         self, outcome: Outcome, verdict: Verdict
     ) -> tuple[Outcome, Verdict, Comparison | None]:
-        comparison: Comparison | None = None
-        while outcome.applied:
-            comparison = self._timed(
-                {"naive": self.model, **self._modules({"looplift": outcome})}, 1 + GAIN,
-                memory=True
-            )
-            naive, ours = comparison["naive"], comparison["looplift"]
-            assert naive.memory is not None
-            assert ours.memory is not None
-            budget = int(self.options.memory_budget * max(naive.memory, self.little))
-            if ours.memory <= budget:
-                break
-            slabbed = self._in_slabs(budget) if self.slab is None else None
-            if slabbed is not None:
+        """Drop what takes the peak memory beyond the budget, and all of it if nothing is gained."""
+        naive = self._weigh(self.model)
+        budget = int(self.options.memory_budget * max(naive, self.little))
+        heaviest: list[list[Group]] | None = None
+        while outcome.applied and (ours := self._weigh(self._module(outcome))) > budget:
+            if heaviest is None and self.slab is None and (slabbed := self._in_slabs(budget)):
                 outcome, verdict = slabbed
                 continue
-            heaviest = self._heaviest(outcome, budget)
+            heaviest = self._heaviest(outcome, budget) if heaviest is None else heaviest
+            groups = [g for g in heaviest.pop(0) if g in outcome.groups] \
+                if heaviest else outcome.groups
             self._decline(
-                heaviest, f"needs {ours.memory / max(naive.memory, 1):.2f}x the naive peak memory "
+                groups, f"needs {ours / max(naive, 1):.2f}x the naive peak memory "
                 f"(allowed: {self.options.memory_budget:.2f}x)",
             )
-            self.excluded |= frozenset(heaviest)
+            self.excluded |= frozenset(groups)
             outcome = self._rewrite()
-            verdict = self._verify(outcome) if outcome.applied else verdict
+        if heaviest is not None and outcome.applied:
+            verdict = self._verify(outcome)
             if isinstance(verdict, Differs):
+                self._decline(outcome.groups, str(verdict))
                 outcome = Outcome(outcome.graph_module)
-        if outcome.applied and comparison is not None:
-            gain = comparison.gain("looplift")
-            if gain < 1 + max(min(comparison.noise, BUSY), GAIN):
-                reason = f"no gain: {gain:.2f}x naive in the whole model"
-                self._decline(outcome.groups, reason)
-                outcome = Outcome(outcome.graph_module)
+        if not outcome.applied:
+            return outcome, verdict, None
+        comparison = self._timed(
+            {"naive": self.model, **self._modules({"looplift": outcome})}, 1 + GAIN,
+            memory={"naive": naive, "looplift": ours},
+        )
+        gain = comparison.gain("looplift")
+        if gain < 1 + max(min(comparison.noise, BUSY), GAIN):
+            reason = f"no gain: {gain:.2f}x naive in the whole model"
+            self._decline(outcome.groups, reason)
+            outcome = Outcome(outcome.graph_module)
         return outcome, verdict, comparison
 
     def _in_slabs(self, budget: int) -> tuple[Outcome, Verdict] | None:
@@ -345,16 +346,17 @@ class _Selecting:
         self.slab = None
         return None
 
-    def _heaviest(self, outcome: Outcome, budget: int) -> list[Group]:
-        """The last groups without which it fits; else those without which it needs the least."""
+    def _heaviest(self, outcome: Outcome, budget: int) -> list[list[Group]]:
+        """The last groups without which it fits; else all, first those without which it needs
+        the least."""
         weights = []
         for groups in reversed(self._bundles(outcome).values()):
             variant = self._rewrite(frozenset(groups))
             weight = self._weigh(self._module(variant) if variant.applied else self.model)
             if weight <= budget:
-                return groups
+                return [groups]
             weights.append((weight, groups))
-        return min(weights, key=lambda w: w[0], default=(0, outcome.groups))[1]
+        return [groups for _, groups in sorted(weights, key=lambda w: w[0])]
 
     def _weigh(self, module: nn.Module) -> int:
         run = call(module, self.args, self.kwargs, self.mode == "training")
@@ -374,22 +376,19 @@ class _Selecting:
         return {n: self._module(v) if v.applied else self.model for n, v in variants.items()}
 
     def _timed(
-        self, modules: dict[str, nn.Module], edge: float, rounds: int = 7, memory: bool = False
+        self, modules: dict[str, nn.Module], edge: float, rounds: int = 7,
+        memory: dict[str, int] | None = None,
     ) -> Comparison:
         training = self.mode == "training"
         runs = {n: call(m, self.args, self.kwargs, training) for n, m in modules.items()}
-        if memory:  # the whole is compared with the model, as a caller sees it
+        if memory is not None:  # the whole is compared with the model, as a caller sees it
             runs["looplift"] = partial(_in_turn, self.before, runs["looplift"])
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
         with buffers_kept(self.model):
             timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
                                 seconds=0.5 * (1 + len(runs)), edge=edge)
-            if not memory:
-                return timed
-            weighed: tuple[Timing, ...] = tuple(
-                replace(t, memory=self._weigh(modules[t.name])) for t in timed.timings
-            )
-        return replace(timed, timings=weighed)
+        weighed = [replace(t, memory=(memory or {}).get(t.name)) for t in timed.timings]
+        return replace(timed, timings=tuple(weighed))
 
     def _decline(self, groups: Sequence[Group], reason: str) -> None:
         self.declined += [Declined(name, where, reason) for name, where in groups

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import has_global_hooks, model_state
+from .capture import has_global_hooks
+from .state import assigned_by, model_state
 
 REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
@@ -197,6 +198,8 @@ def _settings(module: nn.Module) -> Hashable:
     objects that hold settings, and which hooks exist."""
     held = vars(module)
     own = {n: x for n, x in held.items() if n not in BOOKKEEPING and n not in READ}
+    for name in assigned_by(module) & own.keys():  # whose tensors are state
+        own[name] = pytree.tree_map_only(Tensor, type, own[name])
     return (
         held["training"], *((n, _setting(x)) for n, x in own.items() if not isinstance(x, Tensor)),
         len(held), *(len(held[name]) for name in HOOKS), *map(id, held["_modules"].values()),

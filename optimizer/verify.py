@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .behaviour import Observation, difference, forgiving, observe
-from .capture import State, model_state, swapped
 from .cases import FIRST, Case, Leaves, as_they_are, cases, copied, flat, odd_values
 from .double import WIDER, Width, computing, doubled
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
+from .state import State, model_state, swapped, underlying
 from .verdict import Differs, Equal
 
 SAME_FUNCTION = 1e-9  # largest relative difference in float64
@@ -190,8 +190,9 @@ class _Comparison:
         dtypes = {t.dtype for t in (*case.inputs, *map(State.get, model_state(self.a)))
                   if isinstance(t, Tensor) and t.dtype in WIDER and t.is_floating_point()}
         narrow = dtypes.pop() if len(dtypes) == 1 else None
-        with swapped(model, tensors, strict=False), computing(width, narrow):
-            return observe(model, leaves, self.spec, model_state(model), training, case.seed, again)
+        with swapped(model, tensors), computing(width, narrow):
+            return observe(model, leaves, self.spec, model_state(model), training, case.seed, again,
+                           attributes=underlying(self.a) is underlying(self.b))
 
     def _behaves(
         self, case: Case, training: bool, theirs: Observation, ours: Observation

@@ -151,7 +151,7 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
         "output shape depends on the data", "mine.py:6 in forward")),
     "an unsupported operation": (forward("return torch.from_numpy(x.numpy())"), ("@",), 4, (
         "could not be captured: RuntimeError: .numpy() is not supported", "mine.py:6 in forward")),
-    "an assignment": (forward("self.last = x", "return x"), ("@",), 4, (
+    "an assignment": (forward("self.last = {x}", "return x"), ("@",), 4, (
         "forward assigns the attribute 'last', an effect",)),
     "a compiled model": (GOOD + "model = torch.compile(Loop(), backend='eager')\n", ("@",), 2, (
         "the model is compiled already; optimize the module inside (`_orig_mod`)",)),

@@ -203,6 +203,28 @@ def mambapy_config(**more: Any) -> Any:
         d_model=WIDTH, n_layers=2, d_state=8, pscan=False, **more)
 
 
+class SpikingLayers(nn.Module):
+    """Two layers of spiking neurons, which keep their state in attributes."""
+
+    def __init__(self, leaky: Any) -> None:
+        super().__init__()
+        self.enter, self.first = nn.Linear(WIDTH, WIDTH), leaky(beta=0.9)
+        self.leave, self.second = nn.Linear(WIDTH, WIDTH), leaky(beta=0.8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, outputs = self.first.reset_mem(), self.second.reset_mem(), []
+        for t in range(x.shape[1]):
+            spikes, one = self.first(self.enter(x[:, t]), one)
+            spikes, two = self.second(self.leave(spikes), two)
+            outputs.append(two + spikes)
+        return torch.stack(outputs, 1)
+
+
+@entry("snntorch Leaky, 2 layers", "snntorch")
+def snntorch_layers() -> Any:
+    return SpikingLayers(importlib.import_module("snntorch").Leaky)
+
+
 @entry("mambapy selective_scan_seq", "mambapy")
 def mambapy_block() -> Any:
     return importlib.import_module("mambapy.mamba").MambaBlock(mambapy_config())

@@ -367,10 +367,9 @@ def counts_calls(m: Any, x: Tensor) -> Tensor:
     return result
 
 
-def replaces_a_buffer(m: Any, x: Tensor) -> Tensor:
-    m.count = m.count + 1
-    result: Tensor = x * m.count
-    return result
+def keeps_an_object(m: Any, x: Tensor) -> Tensor:
+    m.calls = object()
+    return x
 
 
 def writes_a_parameter(m: Any, x: Tensor) -> Tensor:
@@ -399,8 +398,7 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
         lambda m, x: x if x.new_empty(2).sum() > torch.inf else -x, VALUE, "x.new_empty(2)"),
     "a mask of an input": (
         lambda m, x: x[torch.ones_like(x) * x > 0], "output shape depends on the data", ""),
-    "an attribute": (counts_calls, "forward assigns the attribute 'calls'", ""),
-    "a new buffer": (replaces_a_buffer, "forward assigns the attribute 'count'", ""),
+    "an attribute": (keeps_an_object, "forward assigns the attribute 'calls'", ""),
     "a parameter written to": (writes_a_parameter, "forward writes to the parameter 'weight'", ""),
     "another kind of output": (lambda m, x: {1, 2}, "forward returns a set, not a tensor", ""),
     "a view of what is written to": (view_of_written, "a view of a tensor that it writes to", ""),
