@@ -114,6 +114,7 @@ class _Source:
         self.lines: list[str] = []
         self.at: str = ""
         self.dead: list[Node] = []  # used no more, not deleted yet
+        self.deleted: set[Node] = set()
 
     def function(self, name: str) -> str:
         lengths = self.graph_module.meta.get("lengths", {})
@@ -137,7 +138,7 @@ class _Source:
         return self.names[node]
 
     def _block(self, graph_module: GraphModule, indent: str) -> None:
-        last = _last_uses(graph_module) if indent == INDENT else {}
+        last = _last_uses(graph_module)
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 held = _attribute(graph_module, str(node.target))
@@ -154,7 +155,7 @@ class _Source:
                     self._kernel(node, indent)
                 elif not _from_loop(node) and not _is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
-                if indent == INDENT and self._much_is_dead():
+                if self._much_is_dead():
                     self._delete(self.dead, indent)
 
     def _where(self, node: Node, indent: str) -> None:
@@ -167,8 +168,9 @@ class _Source:
         return sum(map(bytes_of, self.dead)) >= LARGE
 
     def _delete(self, nodes: Sequence[Node], indent: str) -> None:
-        if names := [self._name(n) for n in nodes if n in self.names]:
+        if names := [self._name(n) for n in nodes if n in self.names and n not in self.deleted]:
             self.lines.append(f"{indent}del {', '.join(names)}")
+        self.deleted.update(nodes)
         self.dead.clear()
 
     def _loop(self, node: Node, indent: str) -> None:
@@ -176,6 +178,7 @@ class _Source:
         body = body_of(node)
         for inner in body.graph.nodes:  # scans may share a body; each loop has names of its own
             self.names.pop(inner, None)
+            self.deleted.discard(inner)
         carries, slices, fixed = (cast(list[Node], node.args[i]) for i in (1, 2, 3))
         heads = placeholders(body)
         held, read = len(carries), len(slices)
@@ -199,7 +202,9 @@ class _Source:
         else:
             self.lines.append(_wrapped(f"{indent}for {', '.join(steps)} in zip(", sources, "):"))
         inner = indent + INDENT
+        dead, self.dead = self.dead, []
         self._block(body, inner)
+        self.dead = dead
         for k in kept:
             self.lines.append(f"{inner}{columns[k]}.append({self._text(outputs[k])})")
         for k, name in last.items():
@@ -209,7 +214,9 @@ class _Source:
         if moved:
             left, right = (", ".join(side) for side in zip(*moved, strict=True))
             self.lines.append(f"{inner}{left} = {right}")
-        if kept and indent == INDENT and self._much_is_dead():
+        # what the last step made is what the carries hold
+        self.dead += [o for o in dict.fromkeys(outputs) if o.op == "call_function"]
+        if self._much_is_dead():
             # before the results are stacked, and with the last step's views, which hold memory
             lanes = [] if _only_counts(slices[0]) else heads[held : held + read]
             lanes += [n for n in body.graph.nodes if is_view(n) and n.args[0] in lanes]

@@ -111,17 +111,28 @@ def found_lengths(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
     for size, places in sizes.items():
         free = Free("", tuple(places))
         for half in _halves(size):
-            fewer, more = (operations(model, resized(leaves, [free], (n,)), spec)
-                           for n in (half, 2 * half))
-            if fewer is not None and more is not None:
-                if (more - fewer) * size // half >= MANY:
-                    found.append(((fewer - more) * size // half, free))
-                    break
-                if half >= size // 16:
-                    break
+            many = _operations_at(size, half, model, leaves, free, spec)
+            if many is not None and many >= MANY and half <= size // 64:  # as far as it grows
+                longer = _operations_at(size, 4 * half, model, leaves, free, spec)
+                many = many if longer is None else longer
+            if many is not None and many >= MANY:
+                found.append((-many, free))
+                break
+            if many is not None and half >= size // 16:
+                break
     most = sorted(found, key=lambda each: each[0])[: len(NAMES)]
     frees = sorted((free for _, free in most), key=lambda free: free.places)
     return [replace(free, name=name) for name, free in zip(NAMES, frees, strict=False)]
+
+
+def _operations_at(
+    size: int, half: int, model: nn.Module, leaves: Sequence[Any], free: Free,
+    spec: pytree.TreeSpec,
+) -> int | None:
+    """How many more operations a length of `size` takes than none, from `half` and its double."""
+    fewer, more = (operations(model, resized(leaves, [free], (n,)), spec)
+                   for n in (half, 2 * half))
+    return None if fewer is None or more is None else (more - fewer) * size // half
 
 
 def _halves(size: int) -> list[int]:

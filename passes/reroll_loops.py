@@ -64,6 +64,9 @@ PLACED = (
 MOST_CUTS = 4
 BYTES_PER_CALL = 1 << 14  # copied in about the time that calling one operation takes
 JOINED = 0.25  # of what is computed: so much may be copied at every call
+# what costs as much as to stack what it reads
+MOVING = (aten.index_select.default, aten.gather.default, aten.index.Tensor, aten.flip.default,
+          aten.roll.default, aten.clone.default, aten.constant_pad_nd.default, aten.pad.default)
 LOOKS_REPEATED = 6  # operations of one kind at one line: more than an expression has
 BETWEEN = "what lies between them is not the same in every step"
 
@@ -293,7 +296,8 @@ def loses(loop: Loop) -> str:
     varying = [s for sources in loop.sources for s in sources if isinstance(s, Varying)]
     stacked = {s.items for s in varying if isinstance(s.items[0], Node)}
     work = [n for n in loop.stretch.operations[: loop.stretch.period] if worth_folding(n)]
-    cheap = all(isinstance(n.target, OpOverload) and Tag.pointwise in n.target.tags for n in work)
+    cheap = all(is_op(n, *MOVING) or (
+        isinstance(n.target, OpOverload) and Tag.pointwise in n.target.tags) for n in work)
     if cheap and len(work) <= len(stacked):
         return "its steps read values that would have to be stacked, at the cost of what they " \
             "compute"

@@ -15,6 +15,7 @@ from looplift.models import alternating_patches, dilated_attention, eigenstate
 from looplift.optimizer import every_length, lengths
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
+from looplift.optimizer.select import Selection
 from looplift.optimizer.verify import verify_once
 from looplift.passes import ORDER
 from looplift.passes.batch_timesteps import BatchTimesteps
@@ -334,6 +335,48 @@ def test_short_loops_are_traced_whole() -> None:
     assert [free.name for free in found_lengths(Model(recurrent), long(), {})] == ["T"]
 
 
+def in_sixteen_parts(m: Any, x: Tensor) -> Tensor:
+    """As many operations at each length from 16 on."""
+    total = torch.zeros_like(x[:, 0])
+    for part in torch.split(x, -(-x.shape[1] // 16), 1):
+        for _ in range(20):
+            total = torch.tanh(m.a(total)) + part.sum(1)
+    return total
+
+
+def test_a_loop_that_grows_at_short_lengths_alone_is_traced_whole() -> None:
+    with mock.patch.object(lengths, "MANY", 300):
+        assert found_lengths(Model(in_sixteen_parts), long(2048), {}) == []
+        assert len(found_lengths(Model(recurrent), long(2048), {})) == 1
+
+
+def doubled_from_ninety(m: Any, x: Tensor) -> Tensor:
+    return smoothed(m, x) * (2 if x.shape[1] > 90 else 1)
+
+
+def test_what_is_another_program_is_seen_before_anything_is_chosen() -> None:
+    seen: list[str] = []
+    model = Model(doubled_from_ninety)
+    fast = apply_passes(model, long(100), measure=False, dynamic_shapes=({1: Dim("T")},),
+                        progress=seen.append, mode="inference")
+    assert "at length 100: differs" in told(fast)
+    assert next(s for s in seen if "verifying" in s or s == "capturing") == "capturing"
+    same(fast, model, *long(100))
+
+
+def test_where_nothing_pays_at_short_lengths_a_short_trace_of_the_longer_one_is_tried() -> None:
+    def nothing(model: nn.Module, *given: Any, **named: Any) -> Selection:
+        return Selection("inference", model, None)
+
+    with mock.patch.object(every_length, "select", nothing), \
+            mock.patch.object(every_length, "QUICK", 0.0):
+        for size, says in ((200, "known at this length alone: nothing paid at length 64"),
+                           (900, "one program")):
+            fast = optimized(Model(smoothed), *long(size), mode="inference",
+                             dynamic_shapes=({1: Dim("T")},))
+            assert says in told(fast)
+
+
 def iterations(m: Any, x: Tensor) -> Tensor:
     for _ in range(40):
         x = torch.tanh(m.a(x) + x)
@@ -438,7 +481,7 @@ def test_a_length_at_which_it_is_another_program_runs_the_original() -> None:
 def test_lengths_of_as_many_slabs_as_where_it_was_chosen_are_not_all(at: int) -> None:
     """The five lengths that are compared have one or two slabs, as what is chosen for them says;
     shorter and longer ones have others."""
-    with mock.patch.object(every_length, "measuring_lengths", return_value=(at,)):
+    with mock.patch.object(every_length, "measuring_lengths", return_value=((at,), 1.0)):
         model, fast = in_slabs(smoothed)
     serves(fast, model, long(12), long(70))
 

@@ -235,6 +235,13 @@ def triangular(m: Any, x: Tensor) -> Tensor:
     return torch.stack([x[:, : t + 1].sum(1) for t in range(x.shape[1])], 1)
 
 
+def picked(m: Any, x: Tensor) -> Tensor:
+    """The same rows of three tensors: to stack these costs what it takes to pick the rows."""
+    rows, parts = torch.arange(1, 6, 2), (m.a(x), m.b(x), x.exp())
+    query, key, value = (part.index_select(1, rows) for part in parts)
+    return query * key + value
+
+
 def rolled(m: Any, x: Tensor) -> Tensor:
     return torch.stack([torch.roll(x.exp(), t, 0) for t in range(x.shape[1])], 1)
 
@@ -251,6 +258,11 @@ def test_skips(forward: Forward, reason: str, run: Any) -> None:
     found = [s for s in outcome.skips if reason in s.reason]
     assert found, [s.reason for s in outcome.skips]
     assert found[0].line is not None
+
+
+def test_what_would_have_to_be_stacked_at_the_cost_of_the_work_is_no_loop(run: Any) -> None:
+    outcome = run(Model(picked), (torch.randn(3, 6, 4),), [RerollLoops()])
+    assert outcome.applied == []
 
 
 def test_one_random_operation_keeps_its_order(equal: Any) -> None:
