@@ -168,7 +168,8 @@ class _Source:
         return sum(map(bytes_of, self.dead)) >= LARGE
 
     def _delete(self, nodes: Sequence[Node], indent: str) -> None:
-        if names := [self._name(n) for n in nodes if n in self.names and n not in self.deleted]:
+        gone = [n for n in dict.fromkeys(nodes) if n in self.names and n not in self.deleted]
+        if names := list(map(self._name, gone)):
             self.lines.append(f"{indent}del {', '.join(names)}")
         self.deleted.update(nodes)
         self.dead.clear()

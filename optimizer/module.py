@@ -38,6 +38,7 @@ from .signature import OpaqueArgument, Watched, call_signature, flatten
 from .state import graphs_cut_off
 
 MOST_SIGNATURES = 8
+MOST_STATES = 32  # of the model, at calls of one kind, in which its program is the same
 OFTEN, SELDOM = 8, 64  # where the original ran so often, each so manieth call looks for changes
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class _Calls:
 
     calls: int = 0
     refusals: int = 0
+    known: int = 0  # how often they were captured only to find a known program
 
     def rests(self) -> bool:
         """Whether it is not looked, at this call, for what else could run."""
@@ -127,11 +129,13 @@ class OptimizedModule(nn.Module):
             return run
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self.original  # what is transformed can't be looked at
-        if len(self.report.signatures) >= MOST_SIGNATURES:
+        if len(self.report.signatures) >= MOST_SIGNATURES or here.known >= MOST_STATES:
             self._warn_once()
             return self.original
         mode = "training" if torch.is_grad_enabled() else "inference"
+        before = len(self.report.signatures)
         here.refusals += not self.optimize(args, kwargs, (mode,))
+        here.known += len(self.report.signatures) == before
         return self.specialized.get(self._signature(leaves, structure), self.original)
 
     def optimize(self, args: Sequence[Any], kwargs: dict[str, Any], modes: Sequence[str]) -> bool:
@@ -302,7 +306,8 @@ class OptimizedModule(nn.Module):
             vars(self)["warned"] = True
             warnings.warn(
                 f"{type(self.original).__name__} was called with more than {MOST_SIGNATURES} "
-                "signatures; further ones run the original model", stacklevel=4,
+                f"signatures, or in {MOST_STATES} states; further ones run the original model",
+                stacklevel=4,
             )
 
     @property

@@ -94,8 +94,8 @@ def _named(prefix: str, attribute: str) -> str:
 class Change:
     """What a call left otherwise than it was: an attribute, or an item of a table that is one.
 
-    `holder[key]` was `before` and is `after`. Without a holder, it lies deeper, or a table has
-    grown or shrunk.
+    `holder[key]` was `before` and is `after`; an `item` if the holder is such a table. Without
+    a holder, it lies deeper, or a list has grown or shrunk.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Change:
     key: Any = None
     before: Any = MISSING
     after: Any = MISSING
+    item: bool = False
 
     def undo(self) -> None:
         if self.before is MISSING:
@@ -121,17 +122,18 @@ class Assigned:
     name: str
     owner: nn.Module
     attribute: str
-    key: Any  # the item of the table; else the attribute again
+    item: tuple[Any] | None  # its key, if it is an item
     spec: pytree.TreeSpec
     begin: int
 
     def assign(self, outputs: Sequence[Any]) -> None:
-        own = vars(self.owner)
-        holder = own["_buffers"] if self.attribute in own["_buffers"] else own
-        if self.key is not self.attribute:
-            holder = holder[self.attribute]
         leaves = outputs[self.begin : self.begin + self.spec.num_leaves]
-        holder[self.key] = pytree.tree_unflatten(leaves, self.spec)
+        value, own = pytree.tree_unflatten(leaves, self.spec), vars(self.owner)
+        holder = own["_buffers"] if self.attribute in own["_buffers"] else own
+        if self.item is None:
+            holder[self.attribute] = value
+        else:
+            holder[self.attribute][self.item[0]] = value
 
 
 class Attributes:
@@ -155,7 +157,7 @@ class Attributes:
         for prefix, module, holder, was in self.holders:
             if type(module).__module__.startswith("torch."):
                 continue
-            for key in holder.keys() | was.keys():
+            for key in dict.fromkeys((*was, *holder)):
                 before, after = was.get(key, MISSING), holder.get(key, MISSING)
                 if before is not after and not _alike(before, after):
                     found.append(Change(_named(prefix, key), module, key, holder, key, before,
@@ -175,7 +177,7 @@ class Attributes:
             items = None
         if items is None:
             return [Change(name, owner, attribute)]
-        return [Change(f"{name}[{key!r}]", owner, attribute, table, key, before, after)
+        return [Change(f"{name}[{key!r}]", owner, attribute, table, key, before, after, True)
                 for key, before, after in items
                 if before is not after and not _alike(before, after)]
 
@@ -212,18 +214,23 @@ def assignments(changes: Sequence[Change], begin: int) -> tuple[list[Assigned], 
     found, outputs = [], list[Any]()
     for change in changes:
         leaves, spec = flat_outputs(change.after)
-        counts = isinstance(change.before, (int, float, complex)) and isinstance(
-            change.after, (int, float, complex)) and not isinstance(change.after, bool)
+        counts = any(map(_counts, flat_outputs(change.before)[0], leaves))
         plain = all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         parameter = change.holder is change.owner._parameters
         if change.holder is None:
             raise Effect(f"forward changes what the attribute {change.name!r} holds, {EFFECT}")
         if counts or not plain or parameter or change.after is MISSING:
             raise Effect(f"forward assigns the attribute {change.name!r}, {EFFECT}")
-        found.append(Assigned(change.name, change.owner, change.attribute, change.key, spec,
-                              begin + len(outputs)))
+        found.append(Assigned(change.name, change.owner, change.attribute,
+                              (change.key,) if change.item else None, spec, begin + len(outputs)))
         outputs += leaves
     return found, outputs
+
+
+def _counts(before: Any, after: Any) -> bool:
+    """Whether a number has become another."""
+    numbers = isinstance(before, (int, float, complex)) and isinstance(after, (int, float, complex))
+    return numbers and not isinstance(after, bool) and before != after
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ import operator
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from looplift import apply_passes, verify
+from looplift.optimizer import module
 from looplift.optimizer.capture import capture
 from looplift.optimizer.program import program
 from looplift.optimizer.rewritten import Rewritten
@@ -108,6 +110,8 @@ MODELS: dict[str, Callable[[], Stateful]] = {
         found("layers", 1), put("layers", 1), layers=[None, None]),
     "a pair in a list": lambda: Stateful(
         found("layers", 0, 1), put("layers", 0, lambda h: (h, h + 1)), layers=[(None, None)]),
+    "an item of the table's own name": lambda: Stateful(
+        found("memories", "memories"), put("memories", "memories"), memories={"memories": None}),
     "an item of a table": lambda: Stateful(
         found("memories", "v"), put("memories", "v"), memories={"v": 0.0, "rest": None}),
 }
@@ -282,6 +286,21 @@ def test_programs_are_told_apart(name: str) -> None:
     assert (program(capture(model, (inputs(0),))) == before) == same
 
 
+def test_states_without_end_run_the_original() -> None:
+    """Each is captured to see that the program is the same, which takes longer than a call."""
+    model = Stateful(anew, lambda m, h, y: None, note=0)
+    fast = apply_passes(model, (inputs(0),), measure=False, mode="inference")
+    with mock.patch.object(module, "MOST_STATES", 3), torch.no_grad():
+        for note in range(1, 4):
+            vars(model)["note"] = note
+            fast(inputs(1))
+        vars(model)["note"] = 4
+        with pytest.warns(UserWarning, match="further ones run the original"), \
+                mock.patch.object(module, "capture", side_effect=AssertionError("captured")):
+            assert_close(fast(inputs(1)), model(inputs(1)))
+    assert len(fast.report.signatures) == 1
+
+
 class Cached(nn.Module):
     """Fills a cache, deep in a table, and holds a tensor in two places."""
 
@@ -324,6 +343,9 @@ class Counts(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], object], str]] = {
     "a counter": (lambda m, x: setattr(m, "calls", m.calls + 1), "assigns the attribute 'calls'"),
+    "a counter in a table": (
+        lambda m, x: vars(m).update(nested={"a": {"b": m.nested["a"]["b"] + 1}}),
+        "assigns the attribute 'nested'"),
     "a list that grows": (lambda m, x: m.log.append(x.mean()), "what the attribute 'log' holds"),
     "a table in a table": (
         lambda m, x: m.nested["a"].update(b=x), "what the attribute 'nested' holds"),

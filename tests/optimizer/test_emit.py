@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from looplift import apply_passes
+from looplift.optimizer import emit
 from looplift.optimizer.emit import FUNCTIONAL, INFIX, LARGE, METHODS, TORCH_FUNCTIONS, compiled
 from looplift.optimizer.measure import call, peak_memory
 from looplift.passes import ORDER
@@ -137,6 +138,42 @@ def test_what_a_step_of_a_loop_made_is_freed_as_in_the_model() -> None:
     assert "for slice_0 in" in fast.code
     naive, ours = (peak_memory(call(m, (x,), {}, False), x.device) for m in (model, fast))
     assert ours <= naive + LARGE
+
+
+def parts_beside(x: Tensor) -> Tensor:
+    """Each step's results are a view of what it reads, and a value that is also its state."""
+    total, parts = x[:, 0].flatten(1), []
+    for t in range(x.shape[1]):
+        part = x[:, t].flatten(1)
+        total = torch.sin(total + part.exp())
+        parts.append(torch.cat([part, total], 1))
+    return torch.stack(parts, 1) + total[:, None].repeat(1, 1, 2)
+
+
+def parts_kept(x: Tensor) -> Tensor:
+    kept, last = [], x[:, 0].flatten(1)
+    for t in range(x.shape[1]):
+        kept.append(x[:, t].flatten(1))
+        last = torch.tanh(last) * kept[-1]
+    return torch.stack(kept, 1) * last[:, None]
+
+
+@pytest.mark.parametrize("run", [parts_beside, parts_kept])
+@pytest.mark.parametrize("passes", [("reroll-loops", "lower-scans"), tuple(p.name for p in ORDER)])
+def test_what_is_deleted_is_there_and_read_no_more(
+    run: Any, passes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emit, "LARGE", 0)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = run(x)
+            return result
+
+    model, x = Model(), torch.randn(2, 7, 3, 4)
+    fast = apply_passes(model, (x,), passes=[p for p in ORDER if p.name in passes], measure=False)
+    assert fast.report.to_dict()["rewrites"]
+    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_emit_needs_no_kernels() -> None:
