@@ -261,7 +261,7 @@ class _Source:
 
     def _unbound(self, node: Node) -> str:
         axis = _front_axis(node)
-        if axis is not None:
+        if axis is not None and _folded(node):
             return f"{self._text(node.args[0])}.unbind({axis})"
         return f"{self._text(node)}.unbind(0)"
 
