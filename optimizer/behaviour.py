@@ -26,15 +26,15 @@ class Observation:
 
 def observe(
     model: nn.Module, inputs: Leaves, spec: pytree.TreeSpec, state: Sequence[State],
-    training: bool, seed: int, again: bool = False, attributes: bool = True,
+    before: Attributes, training: bool, seed: int, again: bool = False, attributes: bool = True,
 ) -> Observation:
     """Call `model` once (with `again` twice) and note all there is to see.
 
     With `training`, gradients of a random projection of the outputs are taken to every
     floating input and every parameter. With `attributes`, what it assigns to those of its
-    modules is one of its outputs.
+    modules, which were as in `before`, is one of its outputs.
     """
-    seen, before = Observation(), Attributes(model)
+    seen = Observation()
     wanted = {s.name: s.get() for s in state if s.get().requires_grad}
     if training:
         sources = {

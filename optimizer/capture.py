@@ -42,6 +42,7 @@ from .state import (
     Effect,
     State,
     assignments,
+    fresh_state,
     model_state,
     note_assigned,
     swapped,
@@ -278,9 +279,7 @@ def run_on_copies(
     """
     leaves, spec = flat(args, kwargs)
     positional, named = pytree.tree_unflatten(list(copied(leaves)), spec)
-    state = {id(s.get()): s.get().detach().clone().requires_grad_(s.get().requires_grad)
-             for s in model_state(model)}
-    with swapped(model, state, restore=restore) as before:
+    with swapped(model, fresh_state(model), restore=restore) as before:
         model(*positional, **named)
         note_assigned(before.changes())
 

@@ -19,7 +19,6 @@ from .family import Family
 from .formula import Lengths, Samples, at
 from .general import NotOneProgram, general
 from .measure import buffers_kept, call
-from .pipeline import run_passes
 from .rewritten import Rewritten
 from .select import LITTLE, STRUCTURAL, Options, Selection, again, select
 from .verdict import Differs, Equal
@@ -62,7 +61,11 @@ def optimize_family(
     growth = prod(w / c for w, c in zip(wanted, chosen_at, strict=True))
     exact = options.verify and not options.allow_random_reorder
     if seconds * growth <= SOON and exact and found.holds(wanted):
-        _compare(model, found, found.resized(leaves, wanted), spec, options, wanted)
+        plain = [p for p in options.passes if p.name in (options.passes[0].name, STRUCTURAL)]
+        folded = EachLength(model, found, leaves, spec, Selection("inference", model, None),
+                            replace(options, passes=tuple(plain)))
+        if (differs := folded.differs_at(wanted)) is not None:
+            raise NotOneProgram(f"at length {_named(wanted)}: {differs}")
     short = found.resized(leaves, chosen_at)
     args, kwargs = pytree.tree_unflatten(short, spec)
     captured = found.capture(short)
@@ -93,21 +96,6 @@ def optimize_family(
     told = [f"chosen at {_named(chosen_at)}"]
     told += sorted({f"rewritten anew at each length: {c.why}" for c in made.values() if c.why})
     return found, made, ", ".join(told)
-
-
-def _compare(
-    model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
-    options: Options, lengths: Lengths,
-) -> None:
-    """Raise `NotOneProgram` where the folded program is not what the model does at `lengths`."""
-    captured = found.capture(leaves)
-    passes = [p for p in options.passes if p.name in (options.passes[0].name, STRUCTURAL)]
-    made = Rewritten(model, captured, run_passes(
-        captured, passes, allow_approximate=options.allow_approximate).graph_module)
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-    differs, _ = verify_once(model, made, args, kwargs, mode="inference", widths=[Width.OWN])
-    if differs is not None:
-        raise NotOneProgram(f"at length {_named(lengths)}: {differs}")
 
 
 def measuring_lengths(
@@ -183,6 +171,10 @@ class EachLength:
         self.leaves = self._resized(found.first)
         compared = {found.first, chosen_at, *todo} if self.options.verify else None
         return Chosen(selection, ComparedLengths(self, one, compared), least)
+
+    def differs_at(self, lengths: Lengths) -> Differs | None:
+        """How the module made at `lengths` differs from the model, in the caller's dtype."""
+        return self._differs(self._at(lengths), self._resized(lengths), "inference", [Width.OWN])
 
     def agrees(self, made: nn.Module, leaves: Sequence[Any]) -> bool:
         """Whether a module gives the model's results on these inputs, up to rounding."""

@@ -78,7 +78,8 @@ class OptimizedModule(nn.Module):
         own.update(
             original=original, options=options, progress=progress,
             report=Report(type(original).__name__, option_data(options)),
-            specialized={}, any_length={}, families=[], programs={}, rewritten=None, warned=False,
+            specialized={}, any_length={}, families=[], programs=defaultdict(dict), rewritten=None,
+            warned=False,
             seen=defaultdict(_Calls),
             asks_for_gradients=False, watched=Watched(original),
         )
@@ -90,7 +91,8 @@ class OptimizedModule(nn.Module):
     specialized: dict[Hashable, Callable[..., Any]]
     any_length: dict[Hashable, Make]  # by the signature at a family's first length
     families: list[Family]
-    programs: dict[Hashable, Any]  # what runs a program, or makes what runs it, by its inputs
+    # by inputs and program: what runs it, or makes what runs it
+    programs: defaultdict[Hashable, dict[Hashable, Any]]
     watched: Watched
     seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
@@ -184,14 +186,14 @@ class OptimizedModule(nn.Module):
         seen = program(captured)
         for mode in modes:
             with torch.set_grad_enabled(mode == "training"):
-                known = self._inputs(leaves, structure), seen
-            if known in self.programs:
-                self._keep(leaves, structure, mode, self.programs[known])
+                known = self.programs[self._inputs(leaves, structure)]
+            if seen in known:
+                self._keep(leaves, structure, mode, known[seen])
                 continue
             selection = select(self.original, captured, args, kwargs, self.options, mode,
                                self.progress, lambda: self._signature(leaves, structure))
             self._keep(leaves, structure, mode, selection.module)
-            self.programs[known] = selection.module
+            known[seen] = selection.module
             done.append(mode_report(selection))
 
     def _optimize_lengths(
@@ -219,11 +221,11 @@ class OptimizedModule(nn.Module):
         except NotOneProgram as error:
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.traced[0])  # where strides tell
+        seen = program(found.sample)
         for mode, choice in made.items():
             with torch.set_grad_enabled(mode == "training"):
                 self.any_length[self._signature(short, structure, leaves)] = choice.make
-                known = self._inputs(short, structure, leaves), program(found.sample)
-                self.programs[known] = choice.make
+                self.programs[self._inputs(short, structure, leaves)][seen] = choice.make
             done.append(mode_report(choice.selection))
         self.families.append(found)
         return f"{found}, {chosen}"
@@ -234,12 +236,16 @@ class OptimizedModule(nn.Module):
         """Take over what was chosen for all lengths of a program that is the same now."""
         for found in self.families:
             if found.takes(leaves):
-                short = found.resized(leaves, found.traced[0])
-                seen = program(capture(self.original, *pytree.tree_unflatten(short, spec)))
+                short, known = found.resized(leaves, found.traced[0]), {}
                 for mode in modes:
                     with torch.set_grad_enabled(mode == "training"):
-                        make = self.programs.get((self._inputs(short, structure, leaves), seen))
-                        if isinstance(make, ComparedLengths):
+                        known[mode] = self.programs[self._inputs(short, structure, leaves)]
+                if not any(known.values()):
+                    continue
+                seen = program(capture(self.original, *pytree.tree_unflatten(short, spec)))
+                for mode, programs in known.items():
+                    if isinstance(make := programs.get(seen), ComparedLengths):
+                        with torch.set_grad_enabled(mode == "training"):
                             self.any_length[self._signature(short, structure, leaves)] = \
                                 make.anew()
 

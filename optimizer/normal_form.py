@@ -39,7 +39,8 @@ from .facts import (
     value,
 )
 
-FILLED_LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: 0}
+FILLED_LIKE: dict[Any, int] = {
+    aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: 0}
 SMALL = 1 << 12  # elements of constant tensors that are compared
 FEW = 3  # equal operations: two may be one step that begins with equal states
 MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
@@ -56,7 +57,6 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
         note_computed(node)
     name_inputs(graph_module, state_names)
     detach_regions(graph_module, mode)
-    fill_by_size(graph_module, mode)
     mark_wasted(graph_module)
     simplify(graph_module, mode)
     remove_dead(graph_module)
@@ -64,23 +64,6 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     sink_reads(graph_module)
     propagate(graph_module, mode)
     graph_module.recompile()
-
-
-def fill_by_size(graph_module: GraphModule, mode: FakeTensorMode) -> None:
-    """What is filled like a tensor of the model's depends on its size alone: a state made anew."""
-    for node in list(graph_module.graph.nodes):
-        source = node.args[0] if is_op(node, *FILLED_LIKE) else None
-        if not isinstance(source, Node) or "state" not in source.meta:
-            continue
-        if not value(source).is_contiguous() or "memory_format" in node.kwargs:
-            continue
-        number = node.args[1] if len(node.args) > 1 else FILLED_LIKE[node.target]
-        stamp = {k: v for k, v in node.meta.items() if k in ("stack_trace", "no_grad")}
-        made = value(node)
-        filled = Builder(graph_module, node, mode, stamp).call(
-            aten.full.default, list(made.shape), number, dtype=made.dtype, device=made.device)
-        node.replace_all_uses_with(filled)
-        graph_module.graph.erase_node(node)
 
 
 def mark_wasted(graph_module: GraphModule) -> None:
@@ -492,7 +475,19 @@ def _einsum(node: Node, build: Builder) -> Node | None:
     return None
 
 
+def _filled_like(node: Node, build: Builder) -> Node | None:
+    """What is filled like a tensor of the model's depends on its size alone: a state made anew."""
+    source, made = cast(Node, node.args[0]), value(node)
+    if "state" not in source.meta or "memory_format" in node.kwargs \
+            or not value(source).is_contiguous():
+        return None
+    number = node.args[1] if len(node.args) > 1 else FILLED_LIKE[node.target]
+    return build.call(aten.full.default, list(made.shape), number, dtype=made.dtype,
+                      device=made.device)
+
+
 RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
+    **dict.fromkeys(FILLED_LIKE, _filled_like),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.select_scatter.default: _select_scatter,

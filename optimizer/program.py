@@ -15,12 +15,10 @@ from .apply import results
 from .builder import placeholders
 from .capture import Capture
 from .facts import aten, is_pure, is_region_marker
+from .fold import FILLS
 
 NUMBERS = {aten.zeros.default: 0, aten.ones.default: 1, aten.zeros_like.default: 0,
            aten.ones_like.default: 1, aten.new_zeros.default: 0, aten.new_ones.default: 1}
-# where the number stands, or 0
-FILLED = {**dict.fromkeys(NUMBERS, 0), aten.full.default: 1, aten.full_like.default: 1,
-          aten.new_full.default: 2}
 
 
 def program(captured: Capture) -> Hashable:
@@ -44,9 +42,9 @@ def program(captured: Capture) -> Hashable:
         if node.op == "get_attr":
             told[node] = _digest(_contents(getattr(captured.graph_module, str(node.target))))
         elif node.op == "call_function":
-            args = _filled(node) or map_arg(
-                (node.args, dict(node.kwargs)), lambda n: "%" + told[n])
-            target = "filled" if _filled(node) else node.target
+            filled = _filled(node)
+            args = filled or map_arg((node.args, dict(node.kwargs)), lambda n: "%" + told[n])
+            target = "filled" if filled else node.target
             told[node] = _digest(target, args, None if is_pure(node) else len(in_order))
             in_order += [] if is_pure(node) else [told[node]]
     return (
@@ -64,10 +62,11 @@ def program(captured: Capture) -> Hashable:
 
 def _filled(node: Node) -> Hashable:
     """Of a tensor of one number, like which tensor it may be: what it is, and the number."""
-    if node.target not in FILLED or any("state" in n.meta for n in node.all_input_nodes):
+    target: Any = node.target
+    if target not in (NUMBERS | FILLS) or any("state" in n.meta for n in node.all_input_nodes):
         return None
-    place = FILLED[node.target]
-    return _described(node.meta["val"]), node.args[place] if place else NUMBERS[node.target]
+    number = NUMBERS[target] if target in NUMBERS else node.args[FILLS[target]]
+    return _described(node.meta["val"]), number
 
 
 def _digest(*parts: Any) -> str:

@@ -25,9 +25,9 @@ from .measure import (
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
-from .state import model_state, swapped
+from .state import fresh_state, model_state, swapped
 from .verdict import Differs, NotVerified, Verdict
-from .verify import fresh_state, verify
+from .verify import verify
 
 LITTLE = 1 << 24  # bytes of peak memory: what takes less may as well take so much
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
@@ -181,8 +181,8 @@ class _Selecting:
         """What a call of the original raises, with its backward in training."""
         leaves, spec = flat(self.args, self.kwargs)
         state = fresh_state(self.model)
-        with swapped(self.model, state):
-            seen = observe(self.model, copied(leaves), spec, model_state(self.model),
+        with swapped(self.model, state) as before:
+            seen = observe(self.model, copied(leaves), spec, model_state(self.model), before,
                            self.mode == "training", self.options.seed)
         return seen.exception
 

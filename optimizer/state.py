@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .cases import flat_outputs
+from .cases import as_they_are, flat_outputs
 from .held import Contents
 
 PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
@@ -66,10 +66,11 @@ def model_state(model: nn.Module) -> tuple[State, ...]:
     found = []
     for prefix, module in underlying(model).named_modules():
         held = {**module._parameters, **module._buffers, **vars(module)}
+        assigned = assigned_by(module)
         for attribute, value in held.items():
             if isinstance(value, Tensor):
                 places: Sequence[tuple[pytree.KeyPath, Any]] = [((), value)]
-            elif attribute in assigned_by(module):
+            elif attribute in assigned:
                 places = pytree.tree_leaves_with_path(value)
             else:
                 continue
@@ -233,6 +234,27 @@ def _counts(before: Any, after: Any) -> bool:
     return numbers and not isinstance(after, bool) and before != after
 
 
+def fresh_state(
+    model: nn.Module, source: nn.Module | None = None,
+    parameter: Callable[[Tensor], Tensor] = as_they_are,
+    buffer: Callable[[Tensor], Tensor] = as_they_are,
+) -> dict[int, Tensor]:
+    """Copies of `model`'s tensors by the ids of the originals, for `swapped`.
+
+    Their contents are those of `source` where name and shape agree, converted.
+    """
+    given = {s.name: s.get() for s in model_state(source or model)}
+    replaced: dict[int, Tensor] = {}
+    for state in model_state(model):
+        own = state.get()
+        contents = given.get(state.name, own)
+        contents = contents if contents.shape == own.shape else own
+        made = (parameter if isinstance(own, nn.Parameter) else buffer)(contents.detach())
+        made = made.detach().clone(memory_format=torch.preserve_format)
+        replaced[id(own)] = made.requires_grad_(own.requires_grad)
+    return replaced
+
+
 @contextlib.contextmanager
 def swapped(
     model: nn.Module, tensors: dict[int, Tensor], restore: bool = True
@@ -244,17 +266,18 @@ def swapped(
     hold stays as forward left it.
     """
     before = Attributes(model)
-    originals = {id(tensors[id(t)]): t for t in map(State.get, model_state(model))
-                 if id(t) in tensors}
+    originals = {} if restore else {
+        id(tensors[id(t)]): t for t in map(State.get, model_state(model)) if id(t) in tensors}
     try:
         before.contents.swap(tensors)
         for _, module, holder, was in before.holders:
+            assigned = assigned_by(module)
             for key, held in was.items():
                 if isinstance(held, Tensor) and id(held) in tensors:
                     holder[key] = tensors[id(held)]
                 elif key == "_flat_weights":  # of nn.RNN and its kind
                     holder[key] = [tensors.get(id(weight), weight) for weight in held]
-                elif key in assigned_by(module):
+                elif key in assigned:
                     holder[key] = _swapped_in(held, tensors)
         yield Attributes(model)
     finally:

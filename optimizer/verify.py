@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from .behaviour import Observation, difference, forgiving, observe
 from .cases import FIRST, Case, Leaves, as_they_are, cases, copied, flat, odd_values
 from .double import WIDER, Width, computing, doubled
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
-from .state import State, model_state, swapped, underlying
+from .state import State, fresh_state, model_state, swapped, underlying
 from .verdict import Differs, Equal
 
 SAME_FUNCTION = 1e-9  # largest relative difference in float64
@@ -183,16 +183,16 @@ class _Comparison:
     def _observe(
         self, model: nn.Module, case: Case, training: bool, width: Width, again: bool = True
     ) -> Observation:
-        convert = _unchanged if width is Width.OWN else doubled
+        convert = as_they_are if width is Width.OWN else doubled
         leaves = copied(case.inputs, convert)
         tensors = fresh_state(model, self.a, lambda t: convert(case.parameters(t)), convert)
         again = again and case.name == FIRST and not training
         dtypes = {t.dtype for t in (*case.inputs, *map(State.get, model_state(self.a)))
                   if isinstance(t, Tensor) and t.dtype in WIDER and t.is_floating_point()}
         narrow = dtypes.pop() if len(dtypes) == 1 else None
-        with swapped(model, tensors), computing(width, narrow):
-            return observe(model, leaves, self.spec, model_state(model), training, case.seed, again,
-                           attributes=underlying(self.a) is underlying(self.b))
+        with swapped(model, tensors) as before, computing(width, narrow):
+            return observe(model, leaves, self.spec, model_state(model), before, training,
+                           case.seed, again, underlying(self.a) is underlying(self.b))
 
     def _behaves(
         self, case: Case, training: bool, theirs: Observation, ours: Observation
@@ -274,28 +274,3 @@ def _pairs(a: Observation, b: Observation) -> Iterator[tuple[str, Tensor, Tensor
         got = b.values.get(name)
         if isinstance(want, Tensor) and isinstance(got, Tensor):
             yield name, want, got
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def fresh_state(
-    model: nn.Module, source: nn.Module | None = None,
-    parameter: Callable[[Tensor], Tensor] = _unchanged,
-    buffer: Callable[[Tensor], Tensor] = _unchanged,
-) -> dict[int, Tensor]:
-    """Copies of `model`'s tensors by the ids of the originals, for `swapped`.
-
-    Their contents are those of `source` where name and shape agree, converted.
-    """
-    given = {s.name: s.get() for s in model_state(source or model)}
-    replaced: dict[int, Tensor] = {}
-    for state in model_state(model):
-        own = state.get()
-        contents = given.get(state.name, own)
-        contents = contents if contents.shape == own.shape else own
-        made = (parameter if isinstance(own, nn.Parameter) else buffer)(contents.detach())
-        made = made.detach().clone(memory_format=torch.preserve_format)
-        replaced[id(own)] = made.requires_grad_(own.requires_grad)
-    return replaced
