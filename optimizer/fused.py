@@ -1,8 +1,9 @@
 """`looplift::fused_scan`: a scan of small steps as one kernel, forward and backward.
 
 The operator takes the step as Python source, so a graph or a file that calls it holds all that
-it needs. Kernels are built by Inductor's builder and cached on disk by their content; where
-there is none, all steps of an affine recurrence run at once, and others in a plain loop.
+it needs. Kernels are C++, built by Inductor's builder and cached on disk by their content, or
+Triton on a GPU; where there is none, all steps of an affine recurrence run at once, and others in
+a plain loop.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import triton_run
 from .affine_step import at_once
 from .backward import backward_of
 from .compiled import compiled
@@ -29,7 +31,8 @@ SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much 
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclasses, which may have a say
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32, rounded once
-KINDS = {("cpu", dtype) for dtype in DTYPES}  # of all tensors of a call
+GPUS = ("cuda",)  # devices with Triton kernels
+KINDS = {(device, dtype) for device in ("cpu", *GPUS) for dtype in DTYPES}  # of a call's tensors
 
 
 def is_built(
@@ -39,6 +42,8 @@ def is_built(
 
     Raises `Unsupported` with a reason where there can be none, or none for its backward.
     """
+    if carries[0].device.type in GPUS:
+        return triton_run.is_built(step, carries, slices, invariants)
     given = (*carries, *slices, *invariants)
     counts = held, read, _ = len(carries), len(slices), len(invariants)
     sizes = step_sizes(carries, slices, invariants)
@@ -127,6 +132,8 @@ def _by_kernel(
     first, counts = carries[0], (len(carries), len(slices), len(invariants))
     if (first.device.type, first.dtype) not in KINDS:
         return None
+    if first.device.type in GPUS:
+        return triton_run.run(step, carries, slices, invariants, axes, reverse)
     shapes = tuple((t.shape, t.stride()) for t in given)
     found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
     library = found and compiled(found.source)

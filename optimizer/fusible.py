@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from . import fused
 from .affine_step import at_once
 from .builder import Builder, duplicate, output_node, placeholders
 from .emit import sourced
@@ -60,7 +61,8 @@ def by_kernel(step: str, carries: Tensors, slices: Tensors, invariants: Tensors)
     if (device, torch.float32 if dtype in HALVES else dtype) not in KINDS:
         raise Unsupported(f"its values are on the device {device!r}")
     if not is_built(step, carries, slices, invariants):
-        raise Unsupported("there is no C++ compiler that builds the kernel")
+        builder = "Triton" if device in fused.GPUS else "C++ compiler"
+        raise Unsupported(f"there is no {builder} that builds the kernel")
 
 
 def all_at_once(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:

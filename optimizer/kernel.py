@@ -12,23 +12,21 @@ and pass their values on in registers; what another loop reads lies in a buffer.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .axes import PERMUTES, PRODUCTS, REDUCTIONS, RESHAPES, SCATTERS, Axes, Part, reduced
-from .facts import aten
-from .kernel_loops import COMBINED, TABLE, Loop, Member, Place, Product, Read, contiguous, transfer
+from .axes import SCATTERS, Axes, Part, reduced
+from .kernel_loops import TABLE, Loop, Member, Place, Product, Read, contiguous, transfer
 from .kernel_source import AXES, COMMON, ENTRIES, LANES, ROWS
-from .pointwise import SAME, Unsupported, constant, expression, is_integer, is_mask, no_rule, number
+from .pointwise import CPP, Unsupported, is_mask
 from .step import Counts, Sizes, traced
+from .writer import View, Writer
 
 MOST_BYTES = 1 << 18  # of buffers in one task
 
@@ -100,17 +98,19 @@ def free_parts(source: str, sizes: tuple[Sizes, ...], carries: int) -> tuple[Axe
     return axes, [n for n in graph.nodes if n.op == "placeholder"] + axes.results
 
 
-class _Kernel:
+class _Kernel(Writer):
     """What is known while a kernel is written."""
+
+    language = CPP
 
     def __init__(
         self, graph: torch.fx.Graph, axes: Axes, counts: Counts, lane: Part | None,
         orders: dict[str, tuple[int, ...]], spent: frozenset[int],
     ) -> None:
         self.spent = [f"p{counts[0] + k}" for k in sorted(spent)]
-        self.axes, self.counts, self.lane, self.orders = axes, counts, lane, orders
+        super().__init__(graph, axes)
+        self.counts, self.lane, self.orders = counts, lane, orders
         self.places: dict[Node, Place] = {}
-        self.constants: dict[Node, str] = {}
         self.tables: list[str] = []  # their C++
         self.groups: list[Loop | Product] = []
         self.made_in: dict[str, int] = {}  # buffer → its group, or the last of them
@@ -119,14 +119,9 @@ class _Kernel:
         self.names: dict[str, str] = {}  # of nodes in the kernel
         self.needed: set[str] = set()  # buffers that another loop reads
         self.last_reads: dict[str, int] = {}  # buffer → the first group that may change it
-        self.heads = [n for n in graph.nodes if n.op == "placeholder"]
         for k, head in enumerate(self.heads):
             self._argument(k, head)
-        for node in graph.nodes:
-            if node.op == "call_function":
-                self._operation(node)
-            elif node.op == "get_attr":
-                self._table(node, getattr(graph.owning_module, str(node.target)))
+        self.write()
         self._results()
 
     # what each node becomes
@@ -140,111 +135,47 @@ class _Kernel:
             place = self._buffer(head.name, inner, lane)
         self.places[head] = place
 
-    def _table(self, node: Node, held: Tensor) -> None:
-        if held.numel() == 1:
-            self.constants[node] = number(held.item())
-            return
+    def table(self, node: Node, held: Tensor) -> None:
         name, sizes = f"{TABLE}{len(self.tables)}", tuple(held.shape)
-        items = ", ".join(number(x).removeprefix("V") for x in held.reshape(-1).tolist())
+        items = ", ".join(CPP.number(x).removeprefix("V") for x in held.reshape(-1).tolist())
         self.tables.append(f"  const S {name}[] = {{{items}}};")
         self.places[node] = Place(name, sizes, contiguous(sizes), False, 0, held.numel(),
                                   is_mask(node))
 
-    def _operation(self, node: Node) -> None:
-        target: Any = node.target
-        fill = None if constant(node) is None else number(constant(node))
-        if fill is not None:
-            self.constants[node] = fill
-            return
-        sources = [n for n in node.all_input_nodes if n not in self.constants]
-        if isinstance(node.meta.get("val"), Tensor):
-            exact = target in SAME or target is aten.where.self or self._is_view(node) \
-                or (target is aten.sum.dim_IntList and is_mask(node.args[0]))
-            if node.meta["val"].dtype not in (torch.float32, torch.bool) \
-                    and not (exact and is_integer(node)):  # floating numbers hold them exactly
-                raise Unsupported(f"the loop computes {node.meta['val'].dtype} numbers")
-            if not sources and target not in SCATTERS and target is not aten.cat.default:
-                self.constants[node] = expression(node, self.constants.__getitem__)
-                return
-        if target in PRODUCTS:
-            self._product(node)
-        elif target in REDUCTIONS:
-            self._reduction(node)
-        elif target is aten.cat.default:
-            self._cat(node)
-        elif target in SCATTERS:
-            self._scatter(node)
-        elif target in (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int):
-            return  # its items are the views
-        elif not isinstance(node.meta.get("val"), Tensor):
-            raise no_rule(target)
-        elif self._is_view(node):
-            self._view(node)
-        elif target in SAME and is_mask(node) == is_mask(node.args[0]) \
-                and is_integer(node) <= is_integer(node.args[0]):
-            self.places[node] = self.places[cast(Node, node.args[0])]
-        else:
-            inner = self.axes.inner(node)
-            reads = [(n, self.places[n].along(inner)) for n in sources]
+    def same(self, node: Node, source: Node) -> None:
+        self.places[node] = self.places[source]
 
-            def text(names: list[str], node: Node = node) -> str:
-                known = dict(zip(sources, names, strict=True))
-                return expression(node, lambda n: known.get(n) or self.constants[n])
+    def pointwise(self, node: Node, sources: list[Node], text: Callable[[list[str]], str]) -> None:
+        inner = self.axes.inner(node)
+        reads = [self.places[n].along(inner) for n in sources]
+        self.places[node] = self._buffer(node.name, inner, self._has_lane(node), is_mask(node))
+        self._compute(node.name, reads, text)
 
-            text(["x"] * len(sources))  # says now what it has no rule for
-            self.places[node] = self._buffer(node.name, inner, self._has_lane(node), is_mask(node))
-            self._compute(node.name, [r for _, r in reads], text)
-
-    def _is_view(self, node: Node) -> bool:
-        return node.target in RESHAPES or node.target in PERMUTES or node.target in (
-            aten.slice.Tensor, aten.select.int, aten.expand.default, operator.getitem)
-
-    def _view(self, node: Node) -> None:
-        target: Any = node.target
-        source, *args = cast(tuple[Any, ...], node.args)
-        sizes = self.axes.inner(node)
-        if target is operator.getitem:
-            whole, item = source, args[0]
-            source = whole.args[0]
-        if source in self.constants:
-            self.constants[node] = self.constants[source]
-            return
+    def view(self, node: Node, source: Node, view: View) -> None:
         place = self.places[source]
-        if target is operator.getitem:
-            self.places[node] = place.viewed(lambda x: whole.target(x, *whole.args[1:])[item])
-        elif target is aten.expand.default:
-            self.places[node] = place.viewed(lambda x: x.expand(sizes))
-        elif target in RESHAPES:
-            try:
-                self.places[node] = place.viewed(lambda x: x.view(sizes))
-            except RuntimeError:  # its elements lie in another order
-                copied = self._copied(node.name, place)
-                self.places[node] = copied.viewed(lambda x: x.view(sizes))
-        else:
-            self.places[node] = place.viewed(lambda x: target(x, *args))
-        if self.places[node].sizes != sizes:
-            raise Unsupported(f"{target} mixes axes that are apart elsewhere")
+        try:
+            self.places[node] = place.viewed(view)
+        except RuntimeError:  # its elements lie in another order
+            self.places[node] = self._copied(node.name, place).viewed(view)
+        if self.places[node].sizes != self.axes.inner(node):
+            raise Unsupported(f"{node.target} mixes axes that are apart elsewhere")
 
-    def _reduction(self, node: Node) -> None:
-        name = cast(Any, node.target)._schema.name.removeprefix("aten::")
+    def reduction(self, node: Node, name: str) -> None:
         source = cast(Node, node.args[0])
-        if name not in COMBINED or source in self.constants \
-                or (is_mask(source) and name != "sum"):
-            raise no_rule(node.target)
         place, gone = self.places[source], reduced(node)
         kept = [1 if axis in gone else n for axis, n in enumerate(place.sizes)]
         into = self._buffer(node.name, tuple(kept), place.lane)
         self.indirect.add(into.buffer)
         self.needed.add(into.buffer)
-        text = "V::blendv(V(S(0)), V(S(1)), {})" if is_mask(source) else "{}"
+        text = CPP.counted("{}") if is_mask(source) else "{}"
         member = Member([place.along(place.sizes)], lambda names: text.format(*names),
                         into.along(place.sizes), combine=name)
         self.made_in[into.buffer] = self._schedule(place.sizes, place.lane, member)
         self.places[node] = replace(into, sizes=self.axes.inner(node),
                                     strides=contiguous(self.axes.inner(node)))
 
-    def _product(self, node: Node) -> None:
-        left, right = (self._solid(cast(Node, n)) for n in node.args[:2])
+    def product(self, node: Node) -> None:
+        left, right = (self.places[cast(Node, n)] for n in node.args[:2])
         lane = left.lane or right.lane
         head = next((h for k, h in enumerate(self.heads) if f"p{k}" == right.buffer), None)
         shared = head is not None and not any(
@@ -268,34 +199,12 @@ class _Kernel:
             last = given.strides.index(stride)
             self.orders[right.buffer] = (*(a for a in range(len(given.sizes)) if a != last), last)
 
-    def _solid(self, node: Node) -> Place:
-        if node in self.constants:
-            raise Unsupported("it multiplies a matrix of one constant")
-        return self.places[node]
-
-    def _cat(self, node: Node) -> None:
-        parts = [n for n in cast(list[Node], node.args[0]) if n.meta["val"].numel()]
-        axis = cast(int, node.args[1]) if len(node.args) > 1 else 0
-        stops = list(accumulate(self.axes.inner(part)[axis] for part in parts))
-        self._assembled(node, [
-            (part, lambda x, stop=stop, part=part: x.narrow(
-                axis, stop - self.axes.inner(part)[axis], self.axes.inner(part)[axis]))
-            for part, stop in zip(parts, stops, strict=True)])
-
-    def _scatter(self, node: Node) -> None:
-        base, part, *where = cast(tuple[Any, ...], node.args)
-        read = aten.slice.Tensor if node.target is aten.slice_scatter.default else aten.select.int
-        self._assembled(node, [(base, lambda x: x), (part, lambda x: read(x, *where))])
-
-    def _assembled(self, node: Node, parts: Sequence[tuple[Node, Any]]) -> None:
-        """A buffer that several values are written to, one after the other."""
+    def assembled(self, node: Node, parts: list[tuple[Node, View]]) -> None:
         into = self._buffer(node.name, self.axes.inner(node), self._has_lane(node), is_mask(node))
         self.indirect.add(into.buffer)
         self.needed.add(into.buffer)
         last = -1
         for part, view in parts:
-            if not part.meta["val"].numel():
-                continue
             place = into.viewed(view)
             member = self._moved(part, place.along(place.sizes))
             after = last + 1 if node.target in SCATTERS else 0  # what is written last, remains

@@ -156,7 +156,7 @@ def plan(
                       for n, parts in zip(how.inner, how.free, strict=True))
         axis = axes[k - len(given) - held] if k in moving else 0
         if k in moving:
-            own = _stacked((steps, *sizes), axis)
+            own = stacked((steps, *sizes), axis)
             if pitch(how, own.of_step(), chosen.lane) is None:
                 own = _packed(how, (steps, *sizes), True)
         else:
@@ -181,7 +181,7 @@ def plan(
                 (ctypes.c_int64 * AXES)(*all_sizes), tuple(starts), steps, work)
 
 
-def _stacked(sizes: Sizes, axis: int) -> Lie:
+def stacked(sizes: Sizes, axis: int) -> Lie:
     """How a tensor lies whose first axis is to be at `axis` of a contiguous one."""
     order = [*range(1, axis + 1), 0, *range(axis + 1, len(sizes))]
     return Lie(sizes, contiguous(sizes, order))

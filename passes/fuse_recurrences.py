@@ -10,13 +10,14 @@ Wins:
 Sound if:
     every operation is pointwise, a view, a sum, a largest or smallest value, a matrix product,
     or composed of these, on one floating dtype. The kernel computes these operations, with the
-    vector functions that eager operations use; its backward is the differentiated step, walked
+    functions that eager operations use; its backward is the differentiated step, walked
     from the last to the first, with products of all steps at once where they are off its cycle.
     Complex numbers are pairs of real ones; half precision is computed in float32. Short loops
     inside a step are written out.
 Skips:
-    other operations; several dtypes; values too large for a core's cache; loops of few steps,
-    which a kernel is not worth building for; other devices than the CPU; no compiler.
+    other operations; several dtypes; values too large for a core's cache, or for a GPU's
+    registers; loops of few steps, which a kernel is not worth building for; no compiler, or no
+    Triton on a GPU.
 """
 
 from __future__ import annotations

@@ -145,6 +145,14 @@ def test_all_operations_in_one_step() -> None:
     same(step, [random(37, grad=True) for _ in names], [random(3, 37, grad=True)], [], 0)
 
 
+@pytest.mark.parametrize("expression", [
+    "(1 - torch.ones_like(h)) * h", "h - (torch.ones_like(h) - 3)",
+    "h / (torch.full_like(h, 2.0) * 3)"])
+def test_what_is_computed_of_numbers_alone(expression: str) -> None:
+    step = f"def step(h, x):\n    h = {expression} + x\n    return [h]\n"
+    same(step, [random(5, grad=True)], [random(3, 5, grad=True)], [], 0)
+
+
 @pytest.mark.parametrize("expression", SHAPED)
 def test_operations_on_axes(expression: str) -> None:
     step = f"def step(h, x):\n    h = 0.5 * ({expression}) + x\n    return [h, h]\n"

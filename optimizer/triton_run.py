@@ -1,0 +1,119 @@
+"""Runs Triton kernels of fused scans, where Triton is and a GPU for it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backward import backward_of
+from .kernel_loops import contiguous
+from .packing import Lie, stacked, step_sizes
+from .pointwise import Unsupported
+from .step import Counts, Sizes
+from .triton_kernel import TritonKernel, triton_kernel
+from .walk import result_sizes
+
+log = logging.getLogger(__name__)
+failed: set[str] = set()  # sources that Triton could not compile
+
+
+def is_there() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def is_built(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor]
+) -> bool:
+    """Whether Triton kernels run a step and its backward; builds them.
+
+    Raises `Unsupported` with a reason where there can be none.
+    """
+    sizes, first = step_sizes(carries, slices, invariants), carries[0]
+    counts = len(carries), len(slices), len(invariants)
+    back = backward_of(step, sizes, counts, (True,) * len(sizes))
+    inner = len(carries) + len(back.sums), len(back.slices), len(back.invariants)
+    return all(_is_built(*of, first.dtype, first.device) for of in (
+        (step, sizes, counts), (back.step, back.sizes, inner)))
+
+
+@lru_cache(maxsize=512)
+def _is_built(
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a kernel runs one step on such arguments."""
+    triton_kernel(step, sizes, counts)
+    dtype = torch.float32 if dtype.itemsize < 4 else dtype
+    held, read, _ = counts
+    given = [torch.zeros((*[1] * (held <= k < held + read), *size), dtype=dtype, device=device)
+             for k, size in enumerate(sizes)]
+    axes = [0] * (len(result_sizes(step, sizes)) - held)
+    return run(step, given[:held], given[held : held + read], given[held + read :], axes,
+               False) is not None
+
+
+def run(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    axes: Sequence[int], reverse: bool,
+) -> list[Tensor] | None:
+    """`fused_scan`; None where no kernel runs it."""
+    given = [t.resolve_neg() for t in (*carries, *slices, *invariants)]
+    sizes, held = step_sizes(carries, slices, invariants), len(carries)
+    counts, first, steps = (held, len(slices), len(invariants)), given[0], slices[0].shape[0]
+    try:
+        chosen = triton_kernel(step, sizes, counts)
+    except Unsupported:
+        return None
+    if not steps or not is_there() or chosen.source in failed:
+        return None
+    results = [tuple(size) for size in result_sizes(step, sizes)]
+    made = [Lie(size, contiguous(size)).empty(first) for size in results[:held]]
+    made += [stacked((steps, *size), axis).empty(first)
+             for size, axis in zip(results[held:], axes, strict=True)]
+    count = len(given)
+    moving = {*range(held, held + len(slices)), *range(count + held, count + len(results))}
+    arguments: list[Any] = []
+    for k, (tensor, axes_of) in enumerate(zip((*given, *made), chosen.strided, strict=True)):
+        if k in moving:
+            stride = tensor.stride(0)
+            tensor = tensor[-1 if reverse else 0]
+            arguments += [tensor, -stride if reverse else stride]
+        else:
+            arguments.append(tensor)
+        arguments += [tensor.stride(axis) for axis in axes_of]
+    if not _launched(chosen, arguments, steps, first):
+        return None
+    return [*made[:held], *(t.movedim(0, axis) for t, axis in zip(made[held:], axes, strict=True))]
+
+
+def _launched(chosen: TritonKernel, arguments: list[Any], steps: int, first: Tensor) -> bool:
+    """Whether the kernel ran."""
+    lanes = math.prod(chosen.parts)
+    try:
+        module = _module(chosen.source)
+        dtype = getattr(module.tl, str(first.dtype).removeprefix("torch."))
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            module.kernel[(math.ceil(lanes / chosen.block),)](
+                *arguments, *chosen.parts, lanes, steps, dtype, chosen.block,
+                num_warps=chosen.warps)
+    except Exception as error:  # it does not compile here: too many registers, another Triton
+        log.warning("a loop runs step by step, its kernel can't be built: %s",
+                    str(error).strip().partition("\n")[0])
+        failed.add(chosen.source)
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _module(source: str) -> Any:
+    """What `source` defines; Triton wants it in a file."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.load(source)
