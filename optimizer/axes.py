@@ -64,6 +64,7 @@ class Axes:
     """The parts of all axes of a step's graph, and which of them are free."""
 
     def __init__(self, graph: Graph, carries: int) -> None:
+        self.graph = graph  # the one whose nodes these are: a step that is traced again has others
         self.sizes: list[int] = []
         self._became: dict[Part, Axis] = {}
         self._bound: set[Part] = set()

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -66,14 +65,13 @@ def kernel(
 
     `lane_number`: which free part vectors hold; `spent`: slices that outputs may be written over.
     """
-    graph = traced(source, sizes).graph
     axes, _ = free_parts(source, sizes, counts[0])
     if len(axes.free) > AXES:
         raise Unsupported(f"its values have {len(axes.free)} axes")
     lane = None if lane_number is None else axes.free[lane_number]
     orders: dict[str, tuple[int, ...]] = {}
     while True:
-        made = _Kernel(graph, axes, counts, lane, dict(orders), spent)
+        made = _Kernel(axes, counts, lane, dict(orders), spent)
         if made.orders == orders:
             return made.finished()
         orders = made.orders  # a matrix is to lie the other way round
@@ -93,9 +91,8 @@ def layout(
 @lru_cache(maxsize=512)
 def free_parts(source: str, sizes: tuple[Sizes, ...], carries: int) -> tuple[Axes, list[Node]]:
     """The axes of a step's values, and the nodes of its arguments and results."""
-    graph = traced(source, sizes).graph
-    axes = Axes(graph, carries)
-    return axes, [n for n in graph.nodes if n.op == "placeholder"] + axes.results
+    axes = Axes(traced(source, sizes).graph, carries)
+    return axes, [n for n in axes.graph.nodes if n.op == "placeholder"] + axes.results
 
 
 class _Kernel(Writer):
@@ -104,11 +101,11 @@ class _Kernel(Writer):
     language = CPP
 
     def __init__(
-        self, graph: torch.fx.Graph, axes: Axes, counts: Counts, lane: Part | None,
-        orders: dict[str, tuple[int, ...]], spent: frozenset[int],
+        self, axes: Axes, counts: Counts, lane: Part | None, orders: dict[str, tuple[int, ...]],
+        spent: frozenset[int],
     ) -> None:
         self.spent = [f"p{counts[0] + k}" for k in sorted(spent)]
-        super().__init__(graph, axes)
+        super().__init__(axes)
         self.counts, self.lane, self.orders = counts, lane, orders
         self.places: dict[Node, Place] = {}
         self.tables: list[str] = []  # their C++

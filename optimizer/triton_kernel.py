@@ -16,14 +16,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .axes import Axes, reduced
 from .facts import aten
 from .kernel import free_parts
 from .kernel_loops import contiguous
 from .pointwise import COMMON, Language, Unsupported, is_mask
-from .step import Counts, Sizes, traced
+from .step import Counts, Sizes
 from .writer import View, Writer
 
 MOST = 1 << 15  # numbers of one value in a program: 128 registers of each of 256 threads
@@ -110,7 +110,7 @@ def triton_kernel(source: str, sizes: tuple[Sizes, ...], counts: Counts) -> Trit
     if not all(map(math.prod, sizes)):
         raise Unsupported("a value of it has no elements")
     axes, _ = free_parts(source, sizes, counts[0])
-    return _TritonWriter(traced(source, sizes).graph, axes, counts).finished()
+    return _TritonWriter(axes, counts).finished()
 
 
 def padded(sizes: Sequence[int]) -> list[int]:
@@ -123,8 +123,8 @@ class _TritonWriter(Writer):
 
     language = TRITON
 
-    def __init__(self, graph: Graph, axes: Axes, counts: Counts) -> None:
-        super().__init__(graph, axes)
+    def __init__(self, axes: Axes, counts: Counts) -> None:
+        super().__init__(axes)
         self.counts = counts
         self.values: dict[Node, Value] = {}
         self.before: list[str] = []  # lines ahead of the loop

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 failed: set[str] = set()  # sources that Triton could not compile
 
 
+@lru_cache(maxsize=1)
 def is_there() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .axes import PERMUTES, PRODUCTS, REDUCTIONS, RESHAPES, SCATTERS, Axes
 from .facts import aten
@@ -36,17 +36,17 @@ class Writer(ABC):
 
     language: ClassVar[Language]
 
-    def __init__(self, graph: Graph, axes: Axes) -> None:
-        self.graph, self.axes = graph, axes
-        self.heads = [n for n in graph.nodes if n.op == "placeholder"]
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.heads = [n for n in axes.graph.nodes if n.op == "placeholder"]
         self.constants: dict[Node, str] = {}  # values that are one number everywhere
 
     def write(self) -> None:
-        for node in self.graph.nodes:
+        for node in self.axes.graph.nodes:
             if node.op == "call_function":
                 self._operation(node)
             elif node.op == "get_attr":
-                held = getattr(self.graph.owning_module, str(node.target))
+                held = getattr(self.axes.graph.owning_module, str(node.target))
                 if held.numel() == 1:
                     self.constants[node] = self.language.number(held.item())
                 else:

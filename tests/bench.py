@@ -39,6 +39,7 @@ class Row:
 
 
 BY_HAND = {"Gru": "GruByHand", "Evolution": "EvolutionByHand"}  # of the recurrent models
+AT_ONCE = {"Evolution": "EvolutionAtOnce"}  # by PyTorch's associative_scan
 ROWS = (
     Row("eigenstate T=128", "eigenstate", input_options=(("length", 128),)),
     Row("eigenstate T=1024", "eigenstate", input_options=(("length", 1024),)),
@@ -69,7 +70,8 @@ ROWS = (
 )
 
 
-def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list[str]) -> Any:
+def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list[str],
+            scans: bool) -> Any:
     """One row's data; run in its own process."""
     import looplift
     import torch
@@ -92,16 +94,26 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
     by_hand = {} if hand is None else {"by hand": hand}
     models: dict[str, Any] = {"naive": naive, **by_hand, "looplift": fast}
     nodes = max((m["nodes"][0] for m in data["report"]["modes"]), default=0)
+    compiled: dict[str, Any] = {}
     if nodes <= compile_nodes:
-        compiled = {"naive compiled": torch.compile(naive),
-                    **{f"{n} compiled": torch.compile(m) for n, m in by_hand.items()},
-                    "looplift compiled": torch.compile(naive, backend="looplift")}
-        for name, model in compiled.items():
-            start = time.perf_counter()
-            for mode in modes:
-                call(model, inputs, {}, mode == "training")()
-            data[f"{name} seconds"] = time.perf_counter() - start
-        models |= compiled
+        compiled |= {"naive compiled": torch.compile(naive),
+                     **{f"{n} compiled": torch.compile(m) for n, m in by_hand.items()},
+                     "looplift compiled": torch.compile(naive, backend="looplift")}
+    if scans:
+        from looplift.tests.peers import AsScan
+
+        torch._dynamo.config.capture_scalar_outputs = True  # the number of a scan's step
+        compiled["scan compiled"] = torch.compile(AsScan(naive, inputs))
+        if row.naive in AT_ONCE:
+            at_once = getattr(module, AT_ONCE[row.naive])(size, **dict(row.options))
+            at_once.load_state_dict(naive.state_dict())
+            compiled["associative_scan compiled"] = torch.compile(at_once)
+    for name, model in compiled.items():
+        start = time.perf_counter()
+        for mode in modes:
+            call(model, inputs, {}, mode == "training")()
+        data[f"{name} seconds"] = time.perf_counter() - start
+    models |= compiled
     for mode in modes:
         data["comparisons"] += [asdict(c) for c in
                                 compare_all(models, inputs, mode=mode, seconds=seconds)]
@@ -115,7 +127,7 @@ def table(rows: list[Any]) -> Any:
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("model", "mode", "naive", "by hand", "looplift", "spread", "naive c.", "hand c.",
-                   "looplift c.", "memory", "noise", "optimize"):
+                   "looplift c.", "scan c.", "assoc. c.", "memory", "noise", "optimize"):
         made.add_column(column, justify="left" if column in ("model", "mode") else "right")
     for data in rows:
         for comparison in data["comparisons"]:
@@ -130,6 +142,7 @@ def table(rows: list[Any]) -> Any:
                 data["row"]["name"], comparison["mode"], duration(naive["seconds"]),
                 ratio("by hand"), ratio("looplift"), f"{ours['low']:.2f}–{ours['high']:.2f}",
                 ratio("naive compiled"), ratio("by hand compiled"), ratio("looplift compiled"),
+                ratio("scan compiled"), ratio("associative_scan compiled"),
                 f"{memory:.2f}x of {size(naive['memory'])}", f"{comparison['noise']:.0%}",
                 f"{data['optimize_seconds']:.0f} s",
             )
@@ -142,6 +155,8 @@ def main() -> None:
     parser.add_argument("--size", default="full")
     parser.add_argument("--compile-nodes", type=int, default=2500,
                         help="join torch.compile where the naive graph has at most so many nodes")
+    parser.add_argument("--scans", action="store_true",
+                        help="join PyTorch's scan and associative_scan, compiled")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per mode")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -149,7 +164,7 @@ def main() -> None:
     if given.one is not None:
         row = next(r for r in ROWS if r.name == given.one)
         print(json.dumps(measure(row, given.size, given.compile_nodes, given.seconds,
-                                 given.modes)))
+                                 given.modes, given.scans)))
         return
     chosen = [r for r in ROWS if not given.rows or any(g in r.name for g in given.rows)]
     done = []
@@ -157,7 +172,8 @@ def main() -> None:
         print(f"… {row.name}", file=sys.stderr, flush=True)
         finished = subprocess.run(
             [sys.executable, __file__, "--one", row.name, "--size", given.size, "--compile-nodes",
-             str(given.compile_nodes), "--seconds", str(given.seconds), "--modes", *given.modes],
+             str(given.compile_nodes), "--seconds", str(given.seconds), "--modes", *given.modes,
+             *["--scans"] * given.scans],
             stdout=subprocess.PIPE, text=True, check=False,
         )
         if finished.returncode:

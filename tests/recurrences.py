@@ -6,8 +6,11 @@ from the equations of its paper. There is one size of each, whatever `size` says
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 WIDTH = 64
@@ -305,6 +308,22 @@ class EvolutionByHand(Evolution):
             reals[:, t] = real
             imaginaries[:, t] = imaginary
         return reals, imaginaries
+
+
+class EvolutionAtOnce(Evolution):
+    """The same by PyTorch's `associative_scan`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        decay, cosine, sine = self.eigenvalues()
+        given = (decay * cosine).expand_as(x), (decay * sine).expand_as(x), x, torch.zeros_like(x)
+        _, _, real, imaginary = associative_scan(rotated, given, 1, combine_mode="generic")
+        return real, imaginary
+
+
+def rotated(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Two steps `h ← a·h + b` of complex numbers as one; each the parts of a and b."""
+    (a, a_i, b, b_i), (c, c_i, d, d_i) = left, right
+    return a * c - a_i * c_i, a * c_i + a_i * c, c * b - c_i * b_i + d, c * b_i + c_i * b + d_i
 
 
 MODELS: dict[str, type[nn.Module]] = {

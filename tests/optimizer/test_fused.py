@@ -10,9 +10,11 @@ import pytest
 import torch
 from looplift.optimizer import fused, walk
 from looplift.optimizer.fused import fused_scan, is_built, scan_operator
+from looplift.optimizer.kernel import kernel
 from looplift.optimizer.loop import plain_loop
+from looplift.optimizer.packing import kernel_for
 from looplift.optimizer.pointwise import Unsupported
-from looplift.optimizer.step import step_function
+from looplift.optimizer.step import step_function, traced
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -473,6 +475,14 @@ def test_the_kernel_is_built_once() -> None:
             is_built(GATED.replace("* 2", "* 2.25"), [random(3)], [random(4, 3), random(4, 3)],
                      [random(3)])
     assert load.call_count == 1
+
+
+def test_a_step_that_is_traced_again_as_many_others_came_between() -> None:
+    given = GATED.replace("* 2", "* 2.5"), [random(3)], [random(4, 3), random(4, 3)], [random(3)]
+    assert is_built(*given)
+    for cached in (traced, kernel, kernel_for):
+        cached.cache_clear()
+    assert is_built(*given)
 
 
 def test_systems_have_no_kernel_whatever_numbers_a_step_is_traced_with() -> None:

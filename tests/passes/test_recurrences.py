@@ -6,7 +6,16 @@ import looplift
 import pytest
 import torch
 from looplift.passes import ORDER
-from looplift.tests.recurrences import MODELS, WIDTH, Evolution, EvolutionByHand, Gru, GruByHand
+from looplift.tests.peers import AsScan
+from looplift.tests.recurrences import (
+    MODELS,
+    WIDTH,
+    Evolution,
+    EvolutionAtOnce,
+    EvolutionByHand,
+    Gru,
+    GruByHand,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -63,12 +72,20 @@ def test_what_the_steps_compute_is_never_in_memory() -> None:
     assert max(t.numel() for t in made if isinstance(t, torch.Tensor)) == x.numel()
 
 
-@pytest.mark.parametrize("pair", [(Gru, GruByHand), (Evolution, EvolutionByHand)])
+@pytest.mark.parametrize("pair", [
+    (Gru, GruByHand), (Evolution, EvolutionByHand), (Evolution, EvolutionAtOnce)])
 def test_the_hand_form_is_the_loop(pair: tuple[type[nn.Module], type[nn.Module]]) -> None:
     torch.manual_seed(0)
     (loop, hand), x = (form() for form in pair), torch.randn(2, 9, WIDTH)
     hand.load_state_dict(loop.state_dict())
     assert_close(hand(x), loop(x))
+
+
+@pytest.mark.parametrize("form", [Gru, Evolution])
+def test_the_scan_of_the_benchmark_is_the_loop(form: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = form(), torch.randn(2, 24, WIDTH)
+    assert_close(AsScan(model, (x,))(x), model(x))
 
 
 class ReadsThroughViews(nn.Module):
