@@ -8,10 +8,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .double import Width
@@ -232,7 +234,13 @@ class EachLength:
                                  for place, axis, size in free.places if size is None)
                  for free in found.frees}
         unified = general(Samples(list(where), firsts), graphs)
-        return Rewritten(self.model, captures[0], unified.symbolic(where))
+
+        def graph_for(leaves: Sequence[Any]) -> Callable[[], GraphModule]:
+            lengths = tuple(cast(int, free.of(leaves)) for free in found.frees)
+            return cache(lambda: unified.at(lengths, found.fakes(self._resized(lengths)),
+                                            found.sample.fake_mode))
+
+        return Rewritten(self.model, captures[0], unified.symbolic(where), graph_for)
 
     def _verify(
         self, make: Callable[[Lengths], nn.Module], todo: Sequence[Lengths],

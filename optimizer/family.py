@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .apply import Seen
@@ -72,11 +73,7 @@ class Family:
         lengths = self.lengths(leaves)
         assert lengths is not None
         base = self.sample
-        mode = base.fake_mode
-        tensors = [*(s.get() for s in base.state), *(leaves[i] for i in base.tensor_inputs)]
-        graph_module = self.rolled.at(
-            lengths, [mode.from_tensor(t, static_shapes=True) for t in tensors], mode
-        )
+        graph_module = self.rolled.at(lengths, self.fakes(leaves), base.fake_mode)
         outcome = Outcome(
             graph_module,
             [replace(a, summary=t.at(lengths)) if t else a for a, t in self.applied],
@@ -88,6 +85,12 @@ class Family:
             size=at(self.size, lengths), seen=tuple(_seen_at(s, lengths) for s in self.seen),
             constants={k: at(c, lengths) for k, c in self.constants.items()},
         )
+
+    def fakes(self, leaves: Sequence[Any]) -> list[FakeTensor]:
+        """What the placeholders stand for where `leaves` are the inputs."""
+        base = self.sample
+        tensors = [*(s.get() for s in base.state), *(leaves[i] for i in base.tensor_inputs)]
+        return [base.fake_mode.from_tensor(t, static_shapes=True) for t in tensors]
 
     def resized(self, leaves: Sequence[Any], lengths: Lengths) -> list[Any]:
         return resized(leaves, self.frees, lengths)

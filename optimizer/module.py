@@ -96,6 +96,7 @@ class OptimizedModule(nn.Module):
     watched: Watched
     seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
+    graph: Callable[[], GraphModule]  # of `rewritten`
     warned: bool
     asks_for_gradients: bool  # whether forward reads a tensor's `requires_grad`
 
@@ -268,7 +269,7 @@ class OptimizedModule(nn.Module):
                 make = self.any_length.get(self._signature(short, structure, leaves))
                 if make is not None:
                     with torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad():
-                        self.specialized[key] = self._shown(make(leaves))
+                        self.specialized[key] = self._shown(make(leaves), leaves)
                     return self.specialized[key]
         return None
 
@@ -276,12 +277,12 @@ class OptimizedModule(nn.Module):
         self, leaves: Sequence[Any], structure: Hashable, mode: str, module: nn.Module
     ) -> None:
         with torch.set_grad_enabled(mode == "training"):
-            self.specialized[self._signature(leaves, structure)] = self._shown(module)
+            self.specialized[self._signature(leaves, structure)] = self._shown(module, leaves)
 
-    def _shown(self, module: nn.Module) -> nn.Module:
+    def _shown(self, module: nn.Module, leaves: Sequence[Any]) -> nn.Module:
         """`module`; its source and graph are what is shown from now on, if it has any."""
         if isinstance(module, Rewritten):
-            vars(self)["rewritten"] = module
+            vars(self).update(rewritten=module, graph=module.graph_for(leaves))
         return module
 
     def _signature(
@@ -318,8 +319,9 @@ class OptimizedModule(nn.Module):
 
     @property
     def graph_module(self) -> GraphModule | None:
-        """The rewritten graph optimized last; None where the original runs."""
-        return None if self.rewritten is None else self.rewritten.graph_module
+        """The rewritten graph optimized last, for inputs of those lengths; None where the original
+        runs."""
+        return None if self.rewritten is None else self.graph()
 
     @property
     def code(self) -> str:

@@ -17,6 +17,8 @@ from .capture import Capture
 from .emit import compiled
 from .state import State
 
+GraphFor = Callable[[Sequence[Any]], Callable[[], GraphModule]]
+
 
 class Rewritten(nn.Module):
     """Runs one rewritten graph; parameters, buffers and submodules are the original's own.
@@ -32,13 +34,19 @@ class Rewritten(nn.Module):
     places: list[tuple[dict[str, Any], str]]  # of the model's tensors
     deep: list[tuple[int, State]]  # of these, the ones in tables and tuples
     code: str
+    graph_for: GraphFor
 
-    def __init__(self, original: nn.Module, captured: Capture, graph_module: GraphModule) -> None:
+    def __init__(
+        self, original: nn.Module, captured: Capture, graph_module: GraphModule,
+        graph_for: GraphFor | None = None,
+    ) -> None:
+        """`graph_for`: where the source holds for several lengths, gives the graph of inputs."""
         super().__init__()
         share(self, original)
         own = vars(self)
         own["original"], own["captured"], own["graph_module"] = original, captured, graph_module
         own["run"], own["code"] = compiled(graph_module)
+        own["graph_for"] = graph_for or (lambda _: lambda: graph_module)
         own["places"] = [s.place() for s in captured.state]
         own["deep"] = [(i, s) for i, s in enumerate(captured.state) if s.path]
 

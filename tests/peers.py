@@ -9,7 +9,7 @@ import torch
 from looplift.passes.batch_timesteps import BatchTimesteps
 from looplift.passes.reroll_loops import RerollLoops
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 class AsScan(nn.Module):
@@ -34,14 +34,22 @@ class AsScan(nn.Module):
         return made[0] if len(made) == 1 else made
 
 
-def _cloned(module: nn.Module) -> None:
-    """Let no step return the same tensor twice, or one it was given: `scan` wants it so."""
-    for body in module.children():
-        if isinstance(body, GraphModule):
-            _cloned(body)
-            end = body.graph.output_node()
-            results: Any = end.args[0]
-            with body.graph.inserting_before(end):
-                end.args = ([body.graph.call_function(torch.ops.aten.clone.default, (result,))
-                             for result in results],)
-            body.recompile()
+def _cloned(module: GraphModule) -> None:
+    """Let no loop begin with one tensor twice, and no step return one twice, or one that it was
+    given: `scan` wants it so."""
+    def clones(before: Node, nodes: Any) -> list[Node]:
+        with module.graph.inserting_before(before):
+            return [module.graph.call_function(torch.ops.aten.clone.default, (n,)) for n in nodes]
+
+    for scan in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
+        body, carries, *rest = scan.args
+        scan.args = (body, clones(scan, carries), *rest)
+        inner = cast(GraphModule, getattr(module, str(cast(Node, body).target)))
+        end = inner.graph.output_node()
+        _cloned(inner)
+        results: Any = end.args[0]
+        with inner.graph.inserting_before(end):
+            end.args = ([inner.graph.call_function(torch.ops.aten.clone.default, (result,))
+                         for result in results],)
+        inner.recompile()
+    module.recompile()

@@ -23,6 +23,7 @@ from looplift.passes.fuse_recurrences import FuseRecurrences
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 Run = Callable[..., Any]
 WIDTH = 3
@@ -216,6 +217,21 @@ def test_one_program_serves_all_lengths(run: Run, others: tuple[int, ...], first
     assert first in told(fast)
     serves(fast, model, *(long(n) for n in others), long())
     assert fast.code.count("\n") < 60
+
+
+@pytest.mark.parametrize("run", [recurrent, scheduled, with_positions])
+def test_the_graph_that_is_shown_runs_at_the_length_of_the_last_new_one(run: Run) -> None:
+    model = Model(run)
+    with mock.patch.object(lengths, "MANY", 300):
+        fast = optimized(model, *long())
+    for (x,) in (long(), long(7), long(64)):
+        assert_close(tree_leaves(fast(x)), tree_leaves(model(x)))
+        graph = fast.graph_module
+        assert graph is not None
+        assert graph is fast.graph_module
+        held = {name.replace(".", "_"): tensor for name, tensor in model.named_parameters()}
+        given = [held.get(head.name, x) for head in graph.graph.find_nodes(op="placeholder")]
+        assert_close(list(graph(*given)), tree_leaves(model(x)))
 
 
 @pytest.mark.parametrize(("module", "length", "others"), [
