@@ -229,7 +229,7 @@ class _TritonWriter(Writer):
         terms = []
         for a, parts in enumerate(axes):
             if inner[a] > 1:
-                terms.append(f"{self._index(a, inner)} * s{k}_{a}")
+                terms.append(f"{self._index(a, inner)}.to(tl.int64) * s{k}_{a}")
             elif parts:
                 at = " + ".join(" * ".join([f"i{p}", *(f"n{q}" for q in parts[place + 1 :])])
                                 for place, p in enumerate(parts))
@@ -320,7 +320,6 @@ class _TritonWriter(Writer):
             self.values[node] = self.values[source]
             return
         value = self._value(source)
-        registers = math.prod(padded(value.sizes))
         try:
             made = view(torch.empty_strided(value.sizes, _strides(value.sizes), device="meta"))
         except RuntimeError:  # its elements lie in another order
@@ -335,6 +334,7 @@ class _TritonWriter(Writer):
             raise Unsupported(f"{node.target} mixes axes that are apart elsewhere")
         steps = [s for s, n in zip(made.stride(), sizes, strict=True) if n > 1]
         old = [s for s, n in zip(_strides(value.sizes), value.sizes, strict=True) if n > 1]
+        registers = math.prod(padded(value.sizes))
         moved = made.storage_offset() or math.prod(padded(sizes)) != registers
         if not moved and steps == list(contiguous(padded(sizes))):
             text = value.text

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -231,17 +232,21 @@ def compare(seed: int, kernel: bool = True) -> str:
 
 
 def main() -> None:
+    from looplift.tests.triton_on_torch import in_place_of_kernels
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first step")
     parser.add_argument("--no-kernels", action="store_true", help="quick: build none")
+    parser.add_argument("--triton", action="store_true", help="kernels for GPUs, run in PyTorch")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seed, end, tried, failed = given.seed, time.time() + 60 * given.minutes, 0, 0
     reasons: dict[str, int] = {}
     while time.time() < end:
         try:
-            said = compare(seed, not given.no_kernels)
+            with in_place_of_kernels() if given.triton else nullcontext():
+                said = compare(seed, not given.no_kernels)
             reasons[said] = reasons.get(said, 0) + 1
         except Exception as error:
             failed += 1

@@ -7,7 +7,8 @@ what is stored has its pointers' shape, and nothing but what a mask allows is re
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from looplift.optimizer import fused, triton_run
 from torch import Tensor
 
 
@@ -118,3 +120,15 @@ def module(source: str) -> SimpleNamespace:
     with mock.patch.dict(sys.modules, found):
         exec(source, scope)
     return SimpleNamespace(**scope)
+
+
+@contextmanager
+def in_place_of_kernels() -> Iterator[mock.Mock]:
+    """Runs fused scans on the CPU as on a GPU, here; yields what is called at each launch."""
+    with mock.patch.object(fused, "GPUS", ("cpu",)), \
+            mock.patch.object(triton_run, "is_there", return_value=True), \
+            mock.patch.object(triton_run, "_module", module), \
+            mock.patch.object(triton_run, "failed", set()), \
+            mock.patch.object(triton_run.log, "warning", side_effect=AssertionError), \
+            mock.patch.object(triton_run, "_launched", wraps=triton_run._launched) as launched:
+        yield launched

@@ -45,12 +45,7 @@ def launches() -> Iterator[mock.Mock]:
     """Runs fused scans on the CPU as on a GPU; what was launched."""
     torch.manual_seed(0)
 
-    with mock.patch.object(fused, "GPUS", ("cpu",)), \
-            mock.patch.object(triton_run, "is_there", return_value=True), \
-            mock.patch.object(triton_run, "_module", triton_on_torch.module), \
-            mock.patch.object(triton_run, "failed", set()), \
-            mock.patch.object(triton_run.log, "warning", side_effect=AssertionError), \
-            mock.patch.object(triton_run, "_launched", wraps=triton_run._launched) as launched:
+    with triton_on_torch.in_place_of_kernels() as launched:
         yield launched
 
 
