@@ -96,7 +96,7 @@ class OptimizedModule(nn.Module):
     watched: Watched
     seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
-    graph: Callable[[], GraphModule]  # of `rewritten`
+    shown: Callable[[], GraphModule]  # gives the graph of `rewritten`
     warned: bool
     asks_for_gradients: bool  # whether forward reads a tensor's `requires_grad`
 
@@ -282,7 +282,7 @@ class OptimizedModule(nn.Module):
     def _shown(self, module: nn.Module, leaves: Sequence[Any]) -> nn.Module:
         """`module`; its source and graph are what is shown from now on, if it has any."""
         if isinstance(module, Rewritten):
-            vars(self).update(rewritten=module, graph=module.graph_for(leaves))
+            vars(self).update(rewritten=module, shown=module.graph_for(leaves))
         return module
 
     def _signature(
@@ -321,7 +321,7 @@ class OptimizedModule(nn.Module):
     def graph_module(self) -> GraphModule | None:
         """The rewritten graph optimized last, for inputs of those lengths; None where the original
         runs."""
-        return None if self.rewritten is None else self.graph()
+        return None if self.rewritten is None else self.shown()
 
     @property
     def code(self) -> str:

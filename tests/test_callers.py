@@ -516,3 +516,18 @@ def test_where_the_original_runs_changes_are_seen_in_the_end() -> None:
     model.loops = False
     with torch.no_grad():
         assert_close(fast(x), x * 2)  # at once, where it is no original that runs
+
+
+class Twenty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(20):
+            h = torch.tanh(h + x[:, t])
+        return h
+
+
+def test_the_graph_of_a_model_that_is_a_graph_is_still_its_own() -> None:
+    model = torch.fx.symbolic_trace(Twenty())
+    fast = apply_passes(model, (torch.randn(2, 20),), measure=False)
+    assert fast.graph_module is not None
+    assert fast.graph is model.graph
