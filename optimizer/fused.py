@@ -35,24 +35,31 @@ GPUS = ("cuda",)  # devices with Triton kernels
 KINDS = {(device, dtype) for device in ("cpu", *GPUS) for dtype in DTYPES}  # of a call's tensors
 
 
-def is_built(
+def build_kernel(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor]
-) -> bool:
-    """Whether there is a kernel for such arguments; builds it.
+) -> None:
+    """Builds the kernel for such arguments.
 
-    Raises `Unsupported` with a reason where there can be none, or none for its backward.
+    Raises `Unsupported` with a reason where there is none, or none for its backward.
     """
-    if carries[0].device.type in GPUS:
-        return triton_run.is_built(step, carries, slices, invariants)
-    given = (*carries, *slices, *invariants)
+    given, device = (*carries, *slices, *invariants), carries[0].device
+    dtype = torch.float32 if carries[0].dtype in HALVES else carries[0].dtype
+    if (device.type, dtype) not in KINDS:
+        raise Unsupported(f"its values are on the device {device.type!r}")
     counts = held, read, _ = len(carries), len(slices), len(invariants)
     sizes = step_sizes(carries, slices, invariants)
-    strides = [t.stride()[held <= k < held + read :] for k, t in enumerate(given)]
-    chosen = kernel_for(step, tuple(map(Lie, sizes, strides)), counts)
     back = backward_of(step, sizes, counts, (True,) * len(sizes))
     inner = held + len(back.sums), len(back.slices), len(back.invariants)
-    kernel_for(back.step, tuple(Lie(size, contiguous(size)) for size in back.sizes), inner)
-    return compiled(chosen.source) is not None
+    if device.type in GPUS:
+        builder, is_built = "Triton", all(triton_run.is_built(*of, dtype, device) for of in (
+            (step, sizes, counts), (back.step, back.sizes, inner)))
+    else:
+        strides = [t.stride()[held <= k < held + read :] for k, t in enumerate(given)]
+        chosen = kernel_for(step, tuple(map(Lie, sizes, strides)), counts)
+        kernel_for(back.step, tuple(Lie(size, contiguous(size)) for size in back.sizes), inner)
+        builder, is_built = "C++ compiler", compiled(chosen.source) is not None
+    if not is_built:
+        raise Unsupported(f"there is no {builder} that builds the kernel")
 
 
 def fused_scan(
@@ -133,7 +140,7 @@ def _by_kernel(
     if (first.device.type, first.dtype) not in KINDS:
         return None
     if first.device.type in GPUS:
-        return triton_run.run(step, carries, slices, invariants, axes, reverse)
+        return triton_run.run(step, given, counts, axes, reverse)
     shapes = tuple((t.shape, t.stride()) for t in given)
     found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
     library = found and compiled(found.source)

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from . import fused
 from .affine_step import at_once
 from .builder import Builder, duplicate, output_node, placeholders
 from .emit import sourced
 from .facts import aten, is_tensor, stacked_as, value
-from .fused import HALVES, KINDS, is_built
+from .fused import HALVES
 from .packing import step_sizes
 from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
@@ -53,16 +52,6 @@ def fusible(scan: Node, runs: Runs) -> Fusible | Unsupported:
         except Unsupported as error:
             reason = error
     return reason
-
-
-def by_kernel(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:
-    """Whether a kernel runs a step; builds it."""
-    device, dtype = carries[0].device.type, carries[0].dtype
-    if (device, torch.float32 if dtype in HALVES else dtype) not in KINDS:
-        raise Unsupported(f"its values are on the device {device!r}")
-    if not is_built(step, carries, slices, invariants):
-        builder = "Triton" if device in fused.GPUS else "C++ compiler"
-        raise Unsupported(f"there is no {builder} that builds the kernel")
 
 
 def all_at_once(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:

@@ -20,11 +20,21 @@ from typing import cast
 from torch import Tensor
 from torch.fx import Node
 
-from .axes import SCATTERS, Axes, Part, reduced
-from .kernel_loops import TABLE, Loop, Member, Place, Product, Read, contiguous, transfer
+from .axes import RESHAPES, SCATTERS, Axes, Part, reduced
+from .kernel_loops import (
+    COMBINED,
+    TABLE,
+    Loop,
+    Member,
+    Place,
+    Product,
+    Read,
+    contiguous,
+    transfer,
+)
 from .kernel_source import AXES, COMMON, ENTRIES, LANES, ROWS
 from .pointwise import CPP, Unsupported, is_mask
-from .step import Counts, Sizes, traced
+from .step import Counts, Sizes, moving, traced
 from .writer import View, Writer
 
 MOST_BYTES = 1 << 18  # of buffers in one task
@@ -98,7 +108,7 @@ def free_parts(source: str, sizes: tuple[Sizes, ...], carries: int) -> tuple[Axe
 class _Kernel(Writer):
     """What is known while a kernel is written."""
 
-    language = CPP
+    language, reductions = CPP, COMBINED
 
     def __init__(
         self, axes: Axes, counts: Counts, lane: Part | None, orders: dict[str, tuple[int, ...]],
@@ -152,8 +162,10 @@ class _Kernel(Writer):
         place = self.places[source]
         try:
             self.places[node] = place.viewed(view)
-        except RuntimeError:  # its elements lie in another order
-            self.places[node] = self._copied(node.name, place).viewed(view)
+        except RuntimeError:
+            if node.target not in RESHAPES:
+                raise
+            self.places[node] = self._copied(node.name, place).viewed(view)  # in its own order
         if self.places[node].sizes != self.axes.inner(node):
             raise Unsupported(f"{node.target} mixes axes that are apart elsewhere")
 
@@ -342,7 +354,7 @@ class _Kernel(Writer):
     def _walk(self, local: list[Place], layouts: Sequence[Layout]) -> str:
         held, read, fixed = self.counts
         given, count = held + read + fixed, len(layouts)
-        moving = [*range(held, held + read), *range(given + held, count)]
+        moves = moving(self.counts, count)
         stored = [h for k, h in enumerate(self.heads)
                   if k < held or (k >= held + read and layouts[k].lane)]
         lines: list[str] = []
@@ -359,7 +371,7 @@ class _Kernel(Writer):
         for k in range(count):
             lines += [f"  S* p{k} = a[{k}].data + at[{k}]{rest.format(k)};",
                       f"  const int64_t m{k} = a[{k}].pitch, q{k} = a[{k}].strides[AXES - 1];"]
-        lines += [f"  const int64_t d{k} = a[{k}].step;" for k in moving] + self.tables
+        lines += [f"  const int64_t d{k} = a[{k}].step;" for k in moves] + self.tables
         lines += [f"  {'V' if p.lane else 'alignas(64) S'} {p.buffer}"
                   f"[{p.extent} * {'N' if p.lane else 'R'}];" for p in local]
         for head in stored:
@@ -367,7 +379,7 @@ class _Kernel(Writer):
         lines += ["  for (int64_t t = 0; t < steps; ++t) {"]
         for group in self.groups:
             lines += ["    " + line for line in group.lines(self.needed)]
-        lines += [f"    p{k} += d{k};" for k in moving] + ["  }"]
+        lines += [f"    p{k} += d{k};" for k in moves] + ["  }"]
         for k, head in enumerate(self.heads[:held]):
             lines += transfer(self.places[head], given + k, True)
         return "\n".join([*lines, "}", ""])

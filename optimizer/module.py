@@ -240,7 +240,8 @@ class OptimizedModule(nn.Module):
                 short, known = found.resized(leaves, found.traced[0]), {}
                 for mode in modes:
                     with torch.set_grad_enabled(mode == "training"):
-                        known[mode] = self.programs[self._inputs(short, structure, leaves)]
+                        known[mode] = self.programs.get(
+                            self._inputs(short, structure, leaves), {})
                 if not any(known.values()):
                     continue
                 seen = program(capture(self.original, *pytree.tree_unflatten(short, spec)))

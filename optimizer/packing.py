@@ -16,7 +16,7 @@ from .kernel import Kernel, Layout, free_parts, kernel, layout
 from .kernel_loops import contiguous
 from .kernel_source import AXES
 from .pointwise import Unsupported
-from .step import Counts, Sizes
+from .step import Counts, Sizes, moving
 
 RECORD = 3 + AXES  # numbers of one argument: its address, step, pitch and strides
 
@@ -58,8 +58,6 @@ def kernel_for(
     axes, nodes = free_parts(step, sizes, counts[0])
     shapes = [tuple(n.meta["val"].shape) for n in nodes]
     lies = [*given, *(Lie(shape, contiguous(shape)) for shape in shapes[len(given):])]
-    held, read, _ = counts
-    moving = [*range(held, held + read), *range(len(given) + held, len(nodes))]
     inner = max(math.prod(axes.inner(n)) for n in nodes)
     # where an axis is joined of two parts, only the faster can lie one element after the other
     slow = {part for node in nodes for axis in axes.of(node) for part in axis[:-1]}
@@ -70,7 +68,7 @@ def kernel_for(
     def cost(number: int | None) -> tuple[int, bool, int]:
         lane = None if number is None else axes.free[number]
         size = 0 if lane is None else axes.sizes[lane]
-        copied = sum(math.prod(shapes[k]) for k in moving
+        copied = sum(math.prod(shapes[k]) for k in moving(counts, len(nodes))
                      if pitch(layout(axes, nodes[k], lane), lies[k], lane) is None)
         return copied, size < 8, -size
 
@@ -146,16 +144,16 @@ def plan(
         return None
     if not steps:
         return None
-    moving = {*range(held, held + read), *range(len(given) + held, len(chosen.layouts))}
-    copied = {k: _packed(chosen.layouts[k], lie.sizes, k in moving) for k, lie in enumerate(given)
+    moves = moving(counts, len(chosen.layouts))
+    copied = {k: _packed(chosen.layouts[k], lie.sizes, k in moves) for k, lie in enumerate(given)
               if pitch(chosen.layouts[k], once[k], chosen.lane) is None}
     lies = [copied.get(k, lie) for k, lie in enumerate(given)]
     made: list[tuple[Lie | int, int]] = []
     for k, how in enumerate(chosen.layouts[len(given) :], len(given)):
         sizes = tuple(math.prod([n, *(chosen.free[p] for p in parts)])
                       for n, parts in zip(how.inner, how.free, strict=True))
-        axis = axes[k - len(given) - held] if k in moving else 0
-        if k in moving:
+        axis = axes[k - len(given) - held] if k in moves else 0
+        if k in moves:
             own = stacked((steps, *sizes), axis)
             if pitch(how, own.of_step(), chosen.lane) is None:
                 own = _packed(how, (steps, *sizes), True)
@@ -163,14 +161,14 @@ def plan(
             own = _packed(how, sizes, False)
         made.append((chosen.overwrites.get(k, own), axis))
         lies.append(lies[chosen.overwrites[k]] if k in chosen.overwrites else own)
-    once = [lie.of_step() if k in moving else lie for k, lie in enumerate(lies)]
+    once = [lie.of_step() if k in moves else lie for k, lie in enumerate(lies)]
     free, rows = _coalesced(chosen, [_free_strides(lie.strides, chosen, k)
                                      for k, lie in enumerate(once)])
     spare = [0] * (AXES - len(free))
     numbers: list[int] = []
     starts = []
     for k, (lie, row) in enumerate(zip(lies, rows, strict=True)):
-        stride = lie.strides[0] if k in moving else 0
+        stride = lie.strides[0] if k in moves else 0
         starts.append((steps - 1) * stride * itemsize if reverse else 0)
         apart = pitch(chosen.layouts[k], once[k], chosen.lane)
         numbers += [0, -stride if reverse else stride, apart or 1, *spare, *row]

@@ -31,6 +31,12 @@ RENAMED: dict[Any, Any] = {
 }
 
 
+def moving(counts: Counts, count: int) -> list[int]:
+    """Which of a step's arguments, then results, `count` in all, are others at each step."""
+    held, read, fixed = counts
+    return [*range(held, held + read), *range(2 * held + read + fixed, count)]
+
+
 def placed(source: str, first: str, dtype: torch.dtype) -> str:
     """A step that makes its constants where its `first` argument is, and of its dtype."""
     source = source.replace(str(dtype), f"{first}.dtype")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .axes import Axes, reduced
+from .axes import RESHAPES, Axes, reduced
 from .facts import aten
 from .kernel import free_parts
 from .kernel_loops import contiguous
 from .pointwise import COMMON, Language, Unsupported, is_mask
-from .step import Counts, Sizes
+from .step import Counts, Sizes, moving
 from .writer import View, Writer
 
 MOST = 1 << 15  # numbers of one value in a program: 128 registers of each of 256 threads
@@ -82,10 +82,6 @@ class Value:
     sizes: Sizes
     lane: bool  # whether it has a number for each element of the block
 
-    @property
-    def shape(self) -> str:
-        return f"[{', '.join(['BLOCK' if self.lane else '1', *map(str, padded(self.sizes))])}]"
-
 
 @dataclass(frozen=True)
 class TritonKernel:
@@ -121,7 +117,7 @@ def padded(sizes: Sequence[int]) -> list[int]:
 class _TritonWriter(Writer):
     """What is known while a kernel is written."""
 
-    language = TRITON
+    language, reductions = TRITON, REDUCED
 
     def __init__(self, axes: Axes, counts: Counts) -> None:
         super().__init__(axes)
@@ -141,19 +137,19 @@ class _TritonWriter(Writer):
             raise Unsupported(f"a value of it needs {self.largest} registers")
         held, read, fixed = self.counts
         given, count = held + read + fixed, len(self.strided)
-        moving = [*range(held, held + read), *range(given + held, count)]
+        moves = moving(self.counts, count)
         below = [" * ".join(["1", *(f"n{q}" for q in self.axes.free[k + 1 :])])
                  for k in range(len(self.axes.free))]
         parts = [f"i{p} = lane // ({under}) % n{p}"
                  for p, under in zip(self.axes.free, below, strict=True)]
         names = [name for k, axes in enumerate(self.strided)
-                 for name in (f"p{k}", *[f"d{k}"] * (k in moving), *(f"s{k}_{a}" for a in axes))]
+                 for name in (f"p{k}", *[f"d{k}"] * (k in moves), *(f"s{k}_{a}" for a in axes))]
         names += [*(f"n{p}" for p in self.axes.free), "LANES", "STEPS", "S: tl.constexpr",
                   "BLOCK: tl.constexpr"]
         body = ["lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
                 "zero = tl.zeros([1], tl.int64)", *parts, *self.before,
                 "for _ in range(0, STEPS):", *(f"    {line}" for line in self.lines),
-                *(f"    a{k} += d{k}" for k in moving),
+                *(f"    a{k} += d{k}" for k in moves),
                 *(f"tl.store(a{given + k}, x{k}, mask=m{given + k})" for k in range(held))]
         source = HEAD + f"def kernel({', '.join(names)}):\n" + "".join(
             f"    {line}\n" for line in body)
@@ -188,10 +184,11 @@ class _TritonWriter(Writer):
 
     def _whole(self, value: Value, sizes: Sequence[int]) -> Value:
         """A value with a number in each register of `sizes`."""
-        made = Value(self._aligned(value, sizes), tuple(sizes), value.lane)
+        text = self._aligned(value, sizes)
         if padded(value.sizes) == padded(sizes):
-            return made
-        return self._named(f"tl.broadcast_to({made.text}, {made.shape})", sizes, value.lane)
+            return Value(text, tuple(sizes), value.lane)
+        return self._named(f"tl.broadcast_to({text}, {_shape(sizes, value.lane)})", sizes,
+                           value.lane)
 
     def _value(self, node: Node) -> Value:
         """A value as numbers, 0 and 1 if it is a mask, in all its registers."""
@@ -214,8 +211,7 @@ class _TritonWriter(Writer):
         place = f"tl.reshape(tl.minimum(tl.maximum({place}, 0), {count - 1}), [1, {made}])"
         text = f"tl.gather(tl.reshape({value.text}, [{lanes}, {count}]), " \
             f"tl.broadcast_to({place}, [{lanes}, {made}]), 1)"
-        shape = Value("", tuple(sizes), value.lane).shape
-        return self._named(f"tl.reshape({text}, {shape})", sizes, value.lane)
+        return self._named(f"tl.reshape({text}, {_shape(sizes, value.lane)})", sizes, value.lane)
 
     # memory
 
@@ -256,8 +252,8 @@ class _TritonWriter(Writer):
         for k, node in enumerate(self.axes.results):
             self._pointer(given + k, node)
             value = self._value(node)
-            shape = Value("", value.sizes, True).shape
-            made = self._named(f"tl.broadcast_to({value.text}, {shape})", value.sizes, True)
+            made = self._named(f"tl.broadcast_to({value.text}, {_shape(value.sizes, True)})",
+                               value.sizes, True)
             if k < held:
                 nexts.append(f"x{k} = {made.text}")
             else:
@@ -323,6 +319,8 @@ class _TritonWriter(Writer):
         try:
             made = view(torch.empty_strided(value.sizes, _strides(value.sizes), device="meta"))
         except RuntimeError:  # its elements lie in another order
+            if node.target not in RESHAPES:
+                raise
             packed = contiguous(value.sizes)
             count, own = math.prod(value.sizes), _strides(value.sizes)
             number = self._index(0, (count,))
@@ -339,7 +337,7 @@ class _TritonWriter(Writer):
         if not moved and steps == list(contiguous(padded(sizes))):
             text = value.text
             if padded(sizes) != padded(value.sizes):
-                text = f"tl.reshape({text}, {Value('', sizes, value.lane).shape})"
+                text = f"tl.reshape({text}, {_shape(sizes, value.lane)})"
         elif not moved and sorted(steps) == sorted(old):
             order = [0, *(1 + old.index(step) for step in steps)]
             text = f"tl.permute({value.text}, {order})"
@@ -395,6 +393,11 @@ def _span(places: Tensor) -> tuple[int, int, int]:
     """The first index along an axis, how many there are, and from one to the next."""
     found = sorted(set(places.flatten().tolist()))
     return found[0], len(found), found[1] - found[0] if len(found) > 1 else 1
+
+
+def _shape(sizes: Sequence[int], lane: bool) -> str:
+    """The shape of a value's registers."""
+    return f"[{', '.join(['BLOCK' if lane else '1', *map(str, padded(sizes))])}]"
 
 
 def _strides(sizes: Sequence[int]) -> Sizes:

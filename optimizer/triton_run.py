@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import backward_of
 from .kernel_loops import contiguous
 from .packing import Lie, stacked, step_sizes
 from .pointwise import Unsupported
-from .step import Counts, Sizes
+from .step import Counts, Sizes, moving
 from .triton_kernel import TritonKernel, triton_kernel
 from .walk import result_sizes
 
@@ -30,59 +29,46 @@ def is_there() -> bool:
     return find_spec("triton") is not None
 
 
+@lru_cache(maxsize=512)
 def is_built(
-    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor]
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether Triton kernels run a step and its backward; builds them.
+    """Whether a kernel runs a step on arguments of `sizes`; builds it, and runs one step.
 
     Raises `Unsupported` with a reason where there can be none.
     """
-    sizes, first = step_sizes(carries, slices, invariants), carries[0]
-    counts = len(carries), len(slices), len(invariants)
-    back = backward_of(step, sizes, counts, (True,) * len(sizes))
-    inner = len(carries) + len(back.sums), len(back.slices), len(back.invariants)
-    return all(_is_built(*of, first.dtype, first.device) for of in (
-        (step, sizes, counts), (back.step, back.sizes, inner)))
-
-
-@lru_cache(maxsize=512)
-def _is_built(
-    step: str, sizes: tuple[Sizes, ...], counts: Counts, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether a kernel runs one step on such arguments."""
     triton_kernel(step, sizes, counts)
-    dtype = torch.float32 if dtype.itemsize < 4 else dtype
     held, read, _ = counts
     given = [torch.zeros((*[1] * (held <= k < held + read), *size), dtype=dtype, device=device)
              for k, size in enumerate(sizes)]
     axes = [0] * (len(result_sizes(step, sizes)) - held)
-    return run(step, given[:held], given[held : held + read], given[held + read :], axes,
-               False) is not None
+    return run(step, given, counts, axes, False) is not None
 
 
 def run(
-    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    axes: Sequence[int], reverse: bool,
+    step: str, given: Sequence[Tensor], counts: Counts, axes: Sequence[int], reverse: bool
 ) -> list[Tensor] | None:
-    """`fused_scan`; None where no kernel runs it."""
-    given = [t.resolve_neg() for t in (*carries, *slices, *invariants)]
-    sizes, held = step_sizes(carries, slices, invariants), len(carries)
-    counts, first, steps = (held, len(slices), len(invariants)), given[0], slices[0].shape[0]
+    """`fused_scan` of carries, slices and invariants, so many as `counts` says; None where no
+    kernel runs it."""
+    held, read, _ = counts
+    first, steps = given[0], given[held].shape[0]
+    if not steps or not is_there():
+        return None
+    sizes = step_sizes(given[:held], given[held : held + read], given[held + read :])
     try:
         chosen = triton_kernel(step, sizes, counts)
     except Unsupported:
         return None
-    if not steps or not is_there() or chosen.source in failed:
+    if chosen.source in failed:
         return None
     results = [tuple(size) for size in result_sizes(step, sizes)]
     made = [Lie(size, contiguous(size)).empty(first) for size in results[:held]]
     made += [stacked((steps, *size), axis).empty(first)
              for size, axis in zip(results[held:], axes, strict=True)]
-    count = len(given)
-    moving = {*range(held, held + len(slices)), *range(count + held, count + len(results))}
+    moves = moving(counts, len(given) + len(results))
     arguments: list[Any] = []
     for k, (tensor, axes_of) in enumerate(zip((*given, *made), chosen.strided, strict=True)):
-        if k in moving:
+        if k in moves:
             stride = tensor.stride(0)
             tensor = tensor[-1 if reverse else 0]
             arguments += [tensor, -stride if reverse else stride]

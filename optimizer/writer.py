@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from itertools import accumulate
 from typing import Any, ClassVar, cast
 
@@ -35,6 +35,7 @@ class Writer(ABC):
     """Writes a step's graph down, node by node; raises `Unsupported` with a reason."""
 
     language: ClassVar[Language]
+    reductions: ClassVar[Container[str]]
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
@@ -103,7 +104,7 @@ class Writer(ABC):
             self.product(node)
         elif target in REDUCTIONS:
             name, source = target._schema.name.removeprefix("aten::"), node.args[0]
-            if name not in ("sum", "amax", "amin") or (is_mask(source) and name != "sum"):
+            if name not in self.reductions or (is_mask(source) and name != "sum"):
                 raise no_rule(target)
             self.reduction(node, name)
         elif target is aten.cat.default:

@@ -31,7 +31,8 @@ from torch.fx import Node
 from ..optimizer.builder import Builder, placeholders
 from ..optimizer.distribute import replacing
 from ..optimizer.facts import Facts, body_of, is_scan, source_line, trips
-from ..optimizer.fusible import Fusible, by_kernel, call, fusible
+from ..optimizer.fused import build_kernel
+from ..optimizer.fusible import Fusible, call, fusible
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.unroll import inner_trips
@@ -55,7 +56,7 @@ class FuseRecurrences:
                 reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
                 yield Skip(self.name, reason, source_line(scan))
                 continue
-            found = fusible(scan, by_kernel)
+            found = fusible(scan, build_kernel)
             if isinstance(found, Unsupported):
                 yield Skip(self.name, str(found), source_line(scan))
                 continue

@@ -30,8 +30,8 @@ from torch.fx import Node
 from ..optimizer.builder import Builder, output_node, placeholders
 from ..optimizer.distribute import replacing
 from ..optimizer.facts import Facts, aten, body_of, is_scan, source_line, trips, value
-from ..optimizer.fused import pays
-from ..optimizer.fusible import Fusible, all_at_once, by_kernel, call, fusible
+from ..optimizer.fused import build_kernel, pays
+from ..optimizer.fusible import Fusible, all_at_once, call, fusible
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
 
@@ -61,7 +61,7 @@ class ParallelizeRecurrence:
 
     def _affine(self, scan: Node) -> Iterator[Rewrite | Skip]:
         if not pays(trips(scan), [value(n) for n in cast(list[Node], scan.args[1])]) \
-                or isinstance(fusible(scan, by_kernel), Fusible):
+                or isinstance(fusible(scan, build_kernel), Fusible):
             return
         found = fusible(scan, all_at_once)
         if isinstance(found, Unsupported):

@@ -102,7 +102,6 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
     if scans:
         from looplift.tests.peers import AsScan
 
-        torch._dynamo.config.capture_scalar_outputs = True  # the number of a scan's step
         compiled["scan compiled"] = torch.compile(AsScan(naive, inputs))
         if row.naive in AT_ONCE:
             at_once = getattr(module, AT_ONCE[row.naive])(size, **dict(row.options))

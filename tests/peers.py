@@ -30,7 +30,8 @@ class AsScan(nn.Module):
     def forward(self, *args: Any) -> Any:
         left, state = iter(args), dict([*self.model.named_parameters(),
                                         *self.model.named_buffers()])
-        made = self.graph(*(next(left) if name is None else state[name] for name in self.given))
+        with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # a step's number
+            made = self.graph(*(next(left) if name is None else state[name] for name in self.given))
         return made[0] if len(made) == 1 else made
 
 

@@ -203,7 +203,7 @@ def compare(seed: int, kernel: bool = True) -> str:
     arguments, body = [*carries, *slices, *invariants], step_function(step.source)
     try:
         if kernel:
-            fused.is_built(step.source, carries, slices, invariants)
+            fused.build_kernel(step.source, carries, slices, invariants)
     except Unsupported as reason:
         return str(reason)
     turned = [s.flip(0) if reverse else s for s in slices]

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from looplift.optimizer import fused, walk
-from looplift.optimizer.fused import fused_scan, is_built, scan_operator
+from looplift.optimizer.fused import build_kernel, fused_scan, scan_operator
 from looplift.optimizer.kernel import kernel
 from looplift.optimizer.loop import plain_loop
 from looplift.optimizer.packing import kernel_for
@@ -159,7 +159,7 @@ def test_what_is_computed_of_numbers_alone(expression: str) -> None:
 def test_operations_on_axes(expression: str) -> None:
     step = f"def step(h, x):\n    h = 0.5 * ({expression}) + x\n    return [h, h]\n"
     slices = [random(6, 3, 5, grad=True)]
-    assert is_built(step, [random(3, 5)], slices, [])
+    build_kernel(step, [random(3, 5)], slices, [])
     same(step, [random(3, 5, grad=True)], slices, [], 1)
 
 
@@ -442,13 +442,14 @@ def test_kernels_with_tables_of_their_own_in_one_process() -> None:
 ])
 def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
-        is_built(f"def step(h, x):\n    return [{expression}]\n", [random(4)], [random(3, 4)], [])
+        build_kernel(f"def step(h, x):\n    return [{expression}]\n", [random(4)], [random(3, 4)],
+                     [])
 
 
 def test_values_that_no_cache_holds() -> None:
     step = "def step(h, x):\n    return [h @ h + x.sum() * h]\n"
     with pytest.raises(Unsupported, match="KiB of a core's cache"):
-        is_built(step, [random(300, 300)], [random(3, 2)], [])
+        build_kernel(step, [random(300, 300)], [random(3, 2)], [])
 
 
 def test_without_a_compiler_the_plain_loop_runs() -> None:
@@ -459,8 +460,9 @@ def test_without_a_compiler_the_plain_loop_runs() -> None:
 
 def test_a_compiler_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     step = GATED.replace("* 2", "* 2.125")
-    with mock.patch("torch._inductor.codecache.CppCodeCache.load", side_effect=OSError("no g++")):
-        assert not is_built(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
+    with mock.patch("torch._inductor.codecache.CppCodeCache.load", side_effect=OSError("no g++")), \
+            pytest.raises(Unsupported, match=r"no C\+\+ compiler that builds"):
+        build_kernel(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
     assert "no fused loops here, plain ones run: no g++" in caplog.text
 
 
@@ -472,23 +474,23 @@ def test_mixed_dtypes_run_plainly() -> None:
 def test_the_kernel_is_built_once() -> None:
     with mock.patch("torch._inductor.codecache.CppCodeCache.load", wraps=None) as load:
         for _ in range(2):
-            is_built(GATED.replace("* 2", "* 2.25"), [random(3)], [random(4, 3), random(4, 3)],
+            build_kernel(GATED.replace("* 2", "* 2.25"), [random(3)], [random(4, 3), random(4, 3)],
                      [random(3)])
     assert load.call_count == 1
 
 
 def test_a_step_that_is_traced_again_as_many_others_came_between() -> None:
     given = GATED.replace("* 2", "* 2.5"), [random(3)], [random(4, 3), random(4, 3)], [random(3)]
-    assert is_built(*given)
+    build_kernel(*given)
     for cached in (traced, kernel, kernel_for):
         cached.cache_clear()
-    assert is_built(*given)
+    build_kernel(*given)
 
 
 def test_systems_have_no_kernel_whatever_numbers_a_step_is_traced_with() -> None:
     step = "def step(h, x):\n    return [torch.linalg.solve(h, x)]\n"
     with pytest.raises(Unsupported, match="factorizes matrices or solves linear systems"):
-        is_built(step, [random(3, 3)], [random(4, 3, 3)], [])
+        build_kernel(step, [random(3, 3)], [random(4, 3, 3)], [])
     start, slices = [torch.eye(3, dtype=torch.float64)], [random(4, 3, 3)]
     assert_close(fused_scan(step, start, slices, [], []), list(plain(step, start, slices, [])))
 
@@ -506,5 +508,5 @@ def test_without_a_header_compiled_beforehand_kernels_are_built() -> None:
     step = GATED.replace("* 2", "* 2.375")
     with mock.patch("torch._inductor.codecache._precompile_header",
                     side_effect=OSError("no space")) as header:
-        assert is_built(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
+        build_kernel(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
     assert header.call_count <= 1  # none where an earlier run has left the kernel

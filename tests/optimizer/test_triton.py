@@ -13,8 +13,7 @@ import torch
 from looplift import apply_passes
 from looplift.optimizer import fused, triton_run
 from looplift.optimizer.backward import backward_of
-from looplift.optimizer.fused import fused_scan
-from looplift.optimizer.fusible import by_kernel
+from looplift.optimizer.fused import build_kernel, fused_scan
 from looplift.optimizer.pointwise import Unsupported
 from looplift.optimizer.step import Counts, Sizes
 from looplift.optimizer.triton_kernel import triton_kernel
@@ -108,7 +107,7 @@ def test_without_triton_the_plain_loop_runs() -> None:
     with mock.patch.object(fused, "GPUS", ("cpu",)), \
             mock.patch.object(triton_run, "is_there", return_value=False):
         with pytest.raises(Unsupported, match="no Triton that builds"):
-            by_kernel(step, [carry], [x], [])
+            build_kernel(step, [carry], [x], [])
         torch.testing.assert_close(fused_scan(step, [carry], [x], [], [])[0], carry * x.prod(0))
 
 

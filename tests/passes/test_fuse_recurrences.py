@@ -354,7 +354,7 @@ def test_constants_that_every_step_makes_are_one() -> None:
 
 
 def test_no_compiler() -> None:
-    with mock.patch("looplift.optimizer.fusible.is_built", return_value=False):
+    with mock.patch("looplift.optimizer.fused.compiled", return_value=None):
         told = reasons(Model(gated), torch.randn(3, STEPS, 4))
     assert told == ["there is no C++ compiler that builds the kernel"]
 
