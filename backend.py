@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guarding_hint_or_throw
 
-from .optimizer.capture import CaptureError, capture
+from .optimizer.capture import capture
 from .optimizer.pipeline import run_passes
+from .optimizer.refused import CaptureError
 from .passes import ORDER
 
 log = logging.getLogger(__name__)

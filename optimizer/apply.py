@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, output_node, placeholders, storage
+from .equal import merge_equal
 from .facts import SUPERSEDED, aten, is_kernel, is_tensor, is_view, source_line, value
-from .normal_form import merge_equal, propagate, remove_dead, simplify, sink_reads
+from .normal_form import propagate, remove_dead, simplify, sink_reads
 from .packing import step_sizes
 from .rewrite import Rewrite
 from .walk import shown

@@ -10,20 +10,10 @@ from torch.utils import _pytree as pytree
 
 from .builder import Builder
 from .facts import aten, is_tensor, shape, value
-from .fold import (
-    WITH_TENSOR,
-    Carried,
-    Constant,
-    Invariant,
-    Local,
-    Loop,
-    Source,
-    Varying,
-    Write,
-    filled,
-)
+from .fold import WITH_TENSOR, Loop, Write, filled
 from .interleave import write_windows
 from .reads import lanes
+from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
 
 def build_scan(loop: Loop, build: Builder) -> dict[Node, Node]:

@@ -9,10 +9,8 @@ loop. Every result is checked against the shape and dtype that a single step has
 from __future__ import annotations
 
 import logging
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,41 +19,20 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .builder import Builder
+from .batching_rules import RULES, pointwise
 from .facts import argument, aten, is_op, is_random, is_scan, shape, value
+from .lane import Lane, Lanes, Outcome, Rule
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A tensor of all steps' values; `axis` counts the steps, the other axes are the value's."""
-
-    node: Node
-    axis: int
-
-    @property
-    def rank(self) -> int:
-        return len(shape(self.node)) - 1
-
 
 INACCURATE = tuple(  # torch.vmap computes them in float32, whatever the dtype
     getattr(packet, name) for packet in (aten.linspace, aten.logspace)
     for name in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")
 )
-Operand = Lane | Node | Any
-Outcome = Lane | tuple[Lane, ...] | None
 
 
-class Batcher:
-    """Batches the operations of one scan's body over `size` steps.
-
-    `axis` is where the lane axis of a value is put if the value has that many axes: the place
-    where the loop's reads and results have it, so that they need no permuting.
-    """
-
-    def __init__(self, build: Builder, size: int, axis: int) -> None:
-        self.build, self.size, self.axis = build, size, axis
+class Batcher(Lanes):
+    """Batches the operations of one scan's body over `size` steps."""
 
     def operation(self, node: Node, known: Mapping[Node, Any]) -> Outcome:
         """`node` with its operands looked up in `known`; None where it cannot be batched."""
@@ -73,7 +50,7 @@ class Batcher:
             return None  # its gradient depends on how it is called, or torch.vmap forgets it
         rule = RULES.get(node.target)
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            rule = _pointwise
+            rule = pointwise
         outcome = _declining(rule, self, node, args, kwargs) if rule is not None else None
         if outcome is None or not self._right(node, outcome):
             outcome = _declining(_vmapped, self, node, args, kwargs)
@@ -83,59 +60,15 @@ class Batcher:
         lanes = outcome if isinstance(outcome, tuple) else (outcome,)
         single, _ = pytree.tree_flatten(node.meta["val"])
         return len(lanes) == len(single) and all(
-            _without(shape(lane.node), lane.axis) == tuple(one.shape)
+            lane.sizes == tuple(one.shape)
             and value(lane.node).dtype == one.dtype
             and shape(lane.node)[lane.axis] == self.size
             for lane, one in zip(lanes, single, strict=True)
         )
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return self.build.call(target, *args, **kwargs)
-
-    def place(self, rank: int) -> int:
-        """The preferred lane axis of a value of `rank` axes."""
-        return min(self.axis, rank)
-
-    def at(self, lane: Lane, axis: int) -> Node:
-        """The lane's node with its lane axis at `axis`."""
-        return self.build.move(lane.node, lane.axis, axis)
-
-    def repeated(self, operand: Operand, axis: int) -> Node:
-        """`operand` with a lane axis at `axis`, also if it is the same in all steps."""
-        if isinstance(operand, Lane):
-            return self.at(operand, axis)
-        sizes = shape(operand)
-        wide = self.call(aten.unsqueeze.default, operand, axis)
-        return self.call(aten.expand.default, wide, [*sizes[:axis], self.size, *sizes[axis:]])
-
-    def aligned(self, operand: Operand, rank: int) -> Any:
-        """`operand` so that it broadcasts as it would in one step of an operation of `rank`.
-
-        Lower-rank lanes get the missing axes as ones: without them the lane axis would line
-        up with a data axis, which goes unnoticed whenever both have the same size.
-        """
-        axis = self.place(rank)
-        if isinstance(operand, Lane):
-            node = self.at(operand, 0) if operand.rank < rank else operand.node
-            if operand.rank < rank:
-                missing = [1] * (rank - operand.rank)
-                sizes = shape(node)
-                node = self.build.reshape(node, [sizes[0], *missing, *sizes[1:]])
-                return self.build.move(node, 0, axis)
-            return self.at(operand, axis)
-        if isinstance(operand, Node):
-            own = len(shape(operand))
-            inside = axis - (rank - own)
-            if inside > 0:
-                return self.call(aten.unsqueeze.default, operand, inside)
-        return operand
-
-
-Rule = Callable[[Batcher, Node, Sequence[Any], Mapping[str, Any]], Outcome]
-
 
 def _declining(
-    rule: Rule, b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
+    rule: Rule, b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Outcome:
     """What `rule` gives; None where it raises, which is how some say that they can't."""
     try:
@@ -145,283 +78,7 @@ def _declining(
         return None
 
 
-def _without(sizes: Sequence[int], axis: int) -> tuple[int, ...]:
-    return (*sizes[:axis], *sizes[axis + 1 :])
-
-
-def _shifted(axis: int, lane: Lane) -> int:
-    """Where axis `axis` of one step's value is in the lane."""
-    axis %= max(lane.rank, 1)
-    return axis + (axis >= lane.axis)
-
-
-def _pointwise(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    rank = len(shape(node))
-    done = [b.aligned(a, rank) for a in args]
-    named = {k: b.aligned(a, rank) for k, a in kwargs.items()}
-    return Lane(b.call(node.target, *done, **named), b.place(rank))
-
-
-def _fresh(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    named = {k: v for k, v in kwargs.items() if k != "memory_format"}
-    return Lane(b.call(node.target, args[0].node, **named), args[0].axis)
-
-
-def _contiguous(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    return cast(Lane, args[0])
-
-
-def _linear(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source, *weights = args
-    if any(isinstance(w, Lane) for w in weights):
-        return _linear_of_own_weights(b, source, *weights)
-    axis = min(b.place(source.rank), source.rank - 1)
-    return Lane(b.call(node.target, b.at(source, axis), *weights), axis)
-
-
-def _linear_of_own_weights(
-    b: Batcher, source: Operand, weight: Operand, bias: Operand = None
-) -> Outcome:
-    """Each step has a weight: one product with all of them, or one for each, in a batch."""
-    if not isinstance(weight, Lane) or isinstance(bias, Node):
-        return None
-    weights = b.at(weight, 0)
-    steps, rows, columns = shape(weights)
-    biases = b.at(bias, 0) if isinstance(bias, Lane) else None
-    if not isinstance(source, Lane):
-        joined = b.build.reshape(weights, [steps * rows, columns])
-        flat = None if biases is None else b.build.reshape(biases, [steps * rows])
-        made = b.call(aten.linear.default, source, joined, *([flat] if flat is not None else []))
-        return Lane(b.build.reshape(made, [*shape(made)[:-1], steps, rows]), len(shape(made)) - 1)
-    lanes = b.at(source, 0)
-    before = shape(lanes)[1:-1]
-    left = b.build.reshape(lanes, [steps, math.prod(before), columns])
-    right = b.build.permute(weights, [0, 2, 1])
-    made = b.call(aten.bmm.default, left, right) if biases is None else b.call(
-        aten.baddbmm.default, b.call(aten.unsqueeze.default, biases, 1), left, right)
-    return Lane(b.build.reshape(made, [steps, *before, rows]), 0)
-
-
-def _matmul(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    left, right = args
-    if isinstance(left, Lane) and not isinstance(right, Lane) and len(shape(right)) == 2:
-        axis = min(b.place(left.rank), left.rank - 1)
-        return Lane(b.call(aten.matmul.default, b.at(left, axis), right), axis)
-    ranks = [o.rank if isinstance(o, Lane) else len(shape(o)) for o in (left, right)]
-    if min(ranks) < 2:
-        return None
-    rank = max(ranks)
-    padded = [_padded_front(b, o, rank) for o in (left, right)]
-    return Lane(b.call(aten.matmul.default, *padded), 0)
-
-
-def _padded_front(b: Batcher, operand: Operand, rank: int) -> Node:
-    if not isinstance(operand, Lane):
-        return cast(Node, operand)
-    node = b.at(operand, 0)
-    sizes = shape(node)
-    return b.build.reshape(node, [sizes[0], *[1] * (rank - operand.rank), *sizes[1:]])
-
-
-def _addmm(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-        return None
-    if not any(isinstance(a, Lane) for a in args[1:]):
-        return None
-    product = _matmul(b, node, args[1:], {})
-    if not isinstance(product, Lane):
-        return None
-    rank = len(shape(node))
-    return Lane(b.call(aten.add.Tensor, b.aligned(args[0], rank), b.aligned(product, rank)),
-                b.place(rank))
-
-
-def _einsum(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    equation, operands = cast(str, args[0]).replace(" ", ""), args[1]
-    if "->" not in equation or len(args) > 2:
-        return None
-    left, right = equation.split("->")
-    letter = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWV" if c not in equation)
-    terms = [
-        _inserted(term, letter, o.axis) if isinstance(o, Lane) else term
-        for term, o in zip(left.split(","), operands, strict=True)
-    ]
-    if any("..." in t for t in (left, right)):
-        terms = [letter + term if isinstance(o, Lane) else term
-                 for term, o in zip(left.split(","), operands, strict=True)]
-        nodes = [b.at(o, 0) if isinstance(o, Lane) else o for o in operands]
-        made = b.call(node.target, f"{','.join(terms)}->{letter}{right}", nodes)
-        return Lane(made, 0)
-    nodes = [o.node if isinstance(o, Lane) else o for o in operands]
-    axis = b.place(len(right))
-    return Lane(b.call(node.target, f"{','.join(terms)}->{_inserted(right, letter, axis)}", nodes),
-                axis)
-
-
-def _inserted(term: str, letter: str, place: int) -> str:
-    return term[:place] + letter + term[place:]
-
-
-def _along(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """Operations along axes named `dim`: reductions (with or without keepdim), softmax, scans."""
-    source = args[0]
-    if not isinstance(source, Lane) or source.rank == 0:
-        return None
-    if any(isinstance(a, Lane) for a in (*args[1:], *kwargs.values())):
-        return None
-    declared = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = declared.index("dim")
-    if place >= len(args):
-        return None
-    axes = [args[place]] if isinstance(args[place], int) else args[place]
-    if not axes:
-        axes = list(range(source.rank))
-    moved = sorted({_shifted(axis, source) for axis in axes})
-    given: Any = moved[0] if isinstance(args[place], int) else moved
-    made = b.call(node.target, source.node, *args[1:place], given, *args[place + 1 :], **kwargs)
-    kept = len(shape(made)) == source.rank + 1 if not isinstance(made.meta["val"], tuple) else None
-    if kept is None:
-        return None
-    axis = source.axis if kept else source.axis - sum(m < source.axis for m in moved)
-    return Lane(made, axis)
-
-
-def _total(target: Any) -> Rule:
-    """A reduction over everything, as the reduction over all axes but the lane's."""
-
-    def rule(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-        source = args[0]
-        if source.rank == 0:
-            return None
-        axes = [d for d in range(source.rank + 1) if d != source.axis]
-        return Lane(b.call(target, source.node, axes, **kwargs), 0)
-
-    return rule
-
-
-def _layer_norm(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source, sizes, *rest = args
-    if not isinstance(source, Lane) or any(isinstance(r, Lane) for r in rest):
-        return None
-    axis = min(b.place(source.rank), source.rank - len(sizes))
-    return Lane(b.call(node.target, b.at(source, axis), sizes, *rest, **kwargs), axis)
-
-
-def _one_axis(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """`slice`, `flip` and their kind: the same rank, an axis (or a list of them) as `args[1]`."""
-    source = args[0]
-    if not isinstance(source, Lane) or any(isinstance(a, Lane) for a in args[1:]):
-        return None
-    axes = args[1]
-    moved: Any = (
-        [_shifted(a, source) for a in axes] if isinstance(axes, (list, tuple))
-        else _shifted(axes, source)
-    )
-    return Lane(b.call(node.target, source.node, moved, *args[2:], **kwargs), source.axis)
-
-
-def _roll(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """Of a single number, which vmap would roll along the lanes."""
-    return args[0] if args[0].rank == 0 else _vmapped(b, node, args, kwargs)
-
-
-def _select(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source, axis, index = args
-    moved = _shifted(axis, source)
-    return Lane(b.call(node.target, source.node, moved, index), source.axis - (moved < source.axis))
-
-
-def _unsqueeze(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source, axis = args
-    axis %= source.rank + 1
-    if axis <= source.axis:
-        return Lane(b.call(node.target, source.node, axis), source.axis + 1)
-    return Lane(b.call(node.target, source.node, axis + 1), source.axis)
-
-
-def _permute(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source, order = args
-    axis = b.place(source.rank)
-    moved = [_shifted(d, source) for d in order]
-    moved.insert(axis, source.axis)
-    return Lane(b.build.permute(source.node, moved), axis)
-
-
-def _reshape(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    source = args[0]
-    sizes, now = shape(node), _without(shape(source.node), source.axis)
-    axis = b.place(min(len(sizes), len(now)))
-    while sizes[:axis] != now[:axis]:
-        axis -= 1
-    node_at = b.at(source, axis)
-    return Lane(b.build.reshape(node_at, [*sizes[:axis], b.size, *sizes[axis:]]), axis)
-
-
-def _scatter(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """`select_scatter` and `slice_scatter` with the same place in every step."""
-    base, source, axis, *where = args
-    rank, inner = len(shape(node)), len(_step_shape(source))
-    place = b.place(min(rank, inner))
-    spread = [b.repeated(base, place), b.repeated(source, place)]
-    axis %= rank
-    if place > axis:  # the axis that is written would be cut off before the lanes
-        place = 0
-        spread = [b.repeated(base, 0), b.repeated(source, 0)]
-    return Lane(b.call(node.target, *spread, axis + 1, *where), place)
-
-
-def _step_shape(operand: Operand) -> tuple[int, ...]:
-    if isinstance(operand, Lane):
-        return _without(shape(operand.node), operand.axis)
-    return shape(cast(Node, operand))
-
-
-def _expand(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    sizes = shape(node)
-    axis = b.place(len(sizes))
-    laid = b.aligned(args[0], len(sizes))
-    return Lane(b.call(aten.expand.default, laid, [*sizes[:axis], b.size, *sizes[axis:]]), axis)
-
-
-def _joined(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """`cat` and `stack`: operands that are the same in all steps are repeated."""
-    operands = args[0]
-    axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    rank = len(shape(node))
-    axis %= rank
-    inner = rank - (node.target is aten.stack.default)
-    place = b.place(inner)
-    laid = [b.repeated(operand, place) for operand in operands]
-    if node.target is aten.stack.default:
-        at = axis if axis <= place else axis + 1
-        return Lane(b.call(node.target, laid, at), place + (axis <= place))
-    return Lane(b.call(node.target, laid, axis + (axis >= place)), place)
-
-
-def _embedding(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    weight, index, *rest = args
-    if isinstance(weight, Lane):  # one table of all tables' rows
-        tables = b.at(weight, 0)
-        steps, rows, columns = shape(tables)
-        flat = b.build.reshape(tables, [steps * rows, columns])
-        places = b.repeated(index, 0)
-        begins = b.build.table(range(0, steps * rows, rows), value(places).device, torch.int64)
-        begins = b.build.reshape(begins, [steps, *[1] * (len(shape(places)) - 1)])
-        return Lane(b.call(node.target, flat, b.call(aten.add.Tensor, places, begins)), 0)
-    if not isinstance(index, Lane):
-        return None
-    return Lane(b.call(node.target, weight, index.node, *rest, **kwargs), index.axis)
-
-
-def _attention(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    if len(args) > 3 or argument(node, "attn_mask") is not None:
-        return None
-    if not all(isinstance(a, Lane) for a in args):
-        return None
-    return Lane(b.call(node.target, *[b.at(a, 0) for a in args], **kwargs), 0)
-
-
-def _vmapped(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+def _vmapped(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     """Any operation through `torch.vmap`, traced to ATen and copied into the graph."""
     leaves, spec = pytree.tree_flatten(
         (list(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, Lane)
@@ -449,7 +106,7 @@ def _vmapped(b: Batcher, node: Node, args: Sequence[Any], kwargs: Mapping[str, A
     return _inlined(b, traced.graph, nodes)
 
 
-def _inlined(b: Batcher, graph: torch.fx.Graph, nodes: Sequence[Node]) -> Outcome:
+def _inlined(b: Lanes, graph: torch.fx.Graph, nodes: Sequence[Node]) -> Outcome:
     known: dict[Node, Node] = {}
     inputs = iter(nodes)
     for inner in graph.nodes:
@@ -468,46 +125,3 @@ def _inlined(b: Batcher, graph: torch.fx.Graph, nodes: Sequence[Node]) -> Outcom
             )
             known[inner] = b.call(inner.target, *args, **kwargs)
     return None
-
-
-RULES: dict[Any, Rule] = {
-    aten.clone.default: _fresh,
-    aten._to_copy.default: _fresh,
-    aten.lift_fresh_copy.default: _fresh,
-    aten.detach.default: _fresh,
-    aten.contiguous.default: _contiguous,
-    aten.where.self: _pointwise,
-    aten.masked_fill.Scalar: _pointwise,
-    aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.addmm.default: _addmm,
-    aten.einsum.default: _einsum,
-    aten.sum.default: _total(aten.sum.dim_IntList),
-    aten.mean.default: _total(aten.mean.dim),
-    aten.layer_norm.default: _layer_norm,
-    aten.rms_norm.default: _layer_norm,
-    aten.roll.default: _roll,
-    aten.select.int: _select,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.permute.default: _permute,
-    aten.reshape.default: _reshape,
-    aten.expand.default: _expand,
-    aten.cat.default: _joined,
-    aten.stack.default: _joined,
-    aten.embedding.default: _embedding,
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.select_scatter.default: _scatter,
-    aten.slice_scatter.default: _scatter,
-    **dict.fromkeys((aten.slice.Tensor, aten.flip.default, aten.index_select.default), _one_axis),
-    **dict.fromkeys(
-        (
-            aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
-            aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten.logsumexp.default,
-            aten.cumsum.default, aten.cumprod.default, aten.prod.dim_int, aten.argmax.default,
-            aten.argmin.default, aten.any.dim, aten.all.dim, aten.squeeze.dim,
-        ),
-        _along,
-    ),
-}

@@ -31,9 +31,10 @@ from .apply import Seen, visible
 from .builder import storage
 from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
-from .facts import PHYSICAL, TORCH, is_op, source_line
+from .facts import TORCH
 from .functions import Function, NoOperator, called
 from .normal_form import UnsupportedRegion, normalize
+from .refused import CaptureError, refuse_constants, refuse_layouts, refuse_modules
 from .state import (
     EFFECT,
     PLAIN,
@@ -50,21 +51,6 @@ from .state import (
 
 OWN = str(__file__).rsplit("/", 1)[0]
 TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
-
-
-class CaptureError(Exception):
-    """The model could not be captured; says why, and at which line of the user's file."""
-
-    def __init__(self, reason: str, frames: Sequence[traceback.FrameSummary] = ()) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.frame = frames[-1] if frames else None
-
-    def __str__(self) -> str:
-        if self.frame is None:
-            return self.reason
-        at = f'{self.frame.filename}:{self.frame.lineno}'
-        return f"{self.reason}\n  at {at} in {self.frame.name}\n    {self.frame.line}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +94,7 @@ def capture(
     Raises `CaptureError` where forward depends on data, assigns attributes, or does
     something that the tracer or a pass could not keep.
     """
-    _refuse_unsupported_modules(model)
+    refuse_modules(model)
     if fake_mode is None:
         tensors = [*(s.get() for s in model_state(model)), *pytree.tree_leaves((args, kwargs))]
         if any(isinstance(t, Tensor) and t.is_meta for t in tensors):
@@ -154,8 +140,8 @@ def capture(
         normalize(graph_module, [s.name for s in state], mode)
     except UnsupportedRegion as error:
         raise CaptureError(str(error)) from error
-    _refuse_layouts(graph_module)
-    _refuse_constants(graph_module)
+    refuse_layouts(graph_module)
+    refuse_constants(graph_module)
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.assigned,
         trace.written, trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
@@ -172,31 +158,6 @@ def _numpy_state() -> Any:
 def _refuse_hook(tensor: Tensor, hook: Any) -> Any:
     raise CaptureError("forward registers a hook on a tensor, which a graph can't keep",
                        user_frames(traceback.extract_stack()))
-
-
-def _refuse_layouts(graph_module: GraphModule) -> None:
-    """`as_strided` sees how a tensor lies in memory, which rewrites change."""
-    for node in graph_module.graph.nodes:
-        if is_op(node, *PHYSICAL):
-            raise CaptureError(f"{node.target.__name__} at {source_line(node)} depends on how its "
-                               "tensor lies in memory; use unfold, select or slices")
-
-
-def _refuse_constants(graph_module: GraphModule) -> None:
-    """Tensors that are neither inputs nor the model's own must be constants."""
-    for node in graph_module.graph.find_nodes(op="get_attr"):
-        held = getattr(graph_module, str(node.target))
-        if isinstance(held, torch._subclasses.FakeTensor):
-            raise CaptureError(
-                f"a tensor is made by torch.Tensor(…) or its like at {source_line(node)}, of which "
-                "a trace does not see the numbers; use torch.tensor"
-            )
-        if isinstance(held, Tensor) and (held.requires_grad or isinstance(held, nn.Parameter)):
-            raise CaptureError(
-                f"forward uses a tensor that requires a gradient, or a parameter, at "
-                f"{source_line(node)}, and that is none of the model's; register it (modules in a "
-                "list: nn.ModuleList)"
-            )
 
 
 class _Trace:
@@ -353,32 +314,6 @@ def _from_functional(leaf: Any) -> Any:
     return torch._from_functional_tensor(leaf.elem)
 
 
-def _refuse_unsupported_modules(model: nn.Module) -> None:
-    if has_global_hooks():
-        raise CaptureError("hooks for all modules are registered, which a graph can't keep")
-    for name, module in model.named_modules():
-        where = f" ({name})" if name else ""
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
-        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise CaptureError(
-                f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
-                "inside (`.module`) and wrap the result"
-            )
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise CaptureError(
-                f"the module{where} has forward hooks, whose effects a graph would not repeat; "
-                "remove them, or optimize the modules inside"
-            )
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody has registered hooks that run in every module."""
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
 def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
     """The frames of the model's own source: without torch's and without ours."""
     kept = [f for f in frames if not f.filename.startswith((TORCH, OWN, "<"))]
@@ -430,5 +365,3 @@ def _explained(error: Exception) -> CaptureError:
         return CaptureError("forward differentiates or maps a function (`torch.func`, "
                             "`torch.autograd`), which a graph would not hold", frames)
     return CaptureError(f"{type(error).__name__}: {error}", frames)
-
-

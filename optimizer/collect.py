@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from torch.fx import Node
 
-from .batching import Batcher, Lane
+from .batching import Batcher
 from .builder import Builder
 from .facts import aten, is_op, is_view, shape
+from .lane import Lane
 
 
 @dataclass(frozen=True)

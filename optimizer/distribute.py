@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from .batching import Batcher, Lane
+from .batching import Batcher
 from .builder import Builder, build_constant, output_node, placeholders
 from .cycles import closure, reached_by
 from .facts import (
@@ -33,6 +33,7 @@ from .facts import (
     trips,
     value,
 )
+from .lane import Lane
 from .nested import batched_scan
 from .rewrite import Rewrite
 

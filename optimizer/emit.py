@@ -12,7 +12,7 @@ import linecache
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import count
 from typing import Any, cast
@@ -27,8 +27,6 @@ from .facts import (
     bytes_of,
     has_body,
     is_kernel,
-    is_op,
-    is_tensor,
     is_view,
     only_last,
     shape,
@@ -36,6 +34,7 @@ from .facts import (
     stacked_as,
 )
 from .formula import Symbolic, SymbolicFloat
+from .lines import folded, from_loop, front_axis, is_piece, is_unpacked, last_uses, only_counts
 
 INDENT = "    "
 ROOT = __name__.partition(".")[0]  # the package, whose `fused_scan` a source may call
@@ -131,14 +130,14 @@ class _Source:
         if node not in self.names:
             base = re.sub(r"_default|_tensor|_int|_dim_int_list|_scalar", "", node.name)
             base = re.sub(r"_\d+$", "", base) if node.op != "placeholder" else node.name
-            base = "piece" if _is_piece(node) else base
+            base = "piece" if is_piece(node) else base
             if keyword.iskeyword(base) or not base.isidentifier():
                 base = f"{base}_"
             self.names[node] = self._fresh(base)
         return self.names[node]
 
     def _block(self, graph_module: GraphModule, indent: str) -> None:
-        last = _last_uses(graph_module)
+        last = last_uses(graph_module)
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 held = _attribute(graph_module, str(node.target))
@@ -146,14 +145,14 @@ class _Source:
                     self.lines.append(f"{indent}{self._name(node)} = {table.source}")
                 elif isinstance(held, torch.Tensor):
                     self.globals[self._name(node)] = held
-            elif node.op == "call_function" and not _folded(node):
+            elif node.op == "call_function" and not folded(node):
                 self._where(node, indent)
                 self.dead += last.get(node, [])
                 if has_body(node):
                     self._loop(node, indent)
                 elif is_kernel(node):
                     self._kernel(node, indent)
-                elif not _from_loop(node) and not _is_piece(node):
+                elif not from_loop(node) and not is_piece(node):
                     self.lines.append(f"{indent}{self._target(node)} = {self._expression(node)}")
                 if self._much_is_dead():
                     self._delete(self.dead, indent)
@@ -196,7 +195,7 @@ class _Source:
             self.lines.append(f"{indent}{name} = []")
         steps = [self._name(head) for head in heads[held : held + read]]
         sources = [self._unbound(s) for s in slices]
-        if read == 1 and _only_counts(slices[0]):
+        if read == 1 and only_counts(slices[0]):
             self.lines.append(f"{indent}for _ in range({self._text(slices[0].args[0])}):")
         elif read == 1:
             self.lines.append(f"{indent}for {steps[0]} in {sources[0]}:")
@@ -219,7 +218,7 @@ class _Source:
         self.dead += [o for o in dict.fromkeys(outputs) if o.op == "call_function"]
         if self._much_is_dead():
             # before the results are stacked, and with the last step's views, which hold memory
-            lanes = [] if _only_counts(slices[0]) else heads[held : held + read]
+            lanes = [] if only_counts(slices[0]) else heads[held : held + read]
             lanes += [n for n in body.graph.nodes if is_view(n) and n.args[0] in lanes]
             self._delete([*lanes, *self.dead], indent)
         for k, user in sorted(users.items()):
@@ -245,7 +244,7 @@ class _Source:
 
     def _target(self, node: Node) -> str:
         """What an assignment of `node` binds: of a split, its pieces."""
-        if not _is_unpacked(node):
+        if not is_unpacked(node):
             return self._name(node)
         pieces = sorted(node.users, key=lambda u: cast(int, u.args[1]))
         names = ", ".join(map(self._name, pieces))
@@ -260,15 +259,15 @@ class _Source:
         return name
 
     def _unbound(self, node: Node) -> str:
-        axis = _front_axis(node)
-        if axis is not None and _folded(node):
+        axis = front_axis(node)
+        if axis is not None and folded(node):
             return f"{self._text(node.args[0])}.unbind({axis})"
         return f"{self._text(node)}.unbind(0)"
 
     def _text(self, leaf: Any) -> str:
         match leaf:
             case Node():
-                if _folded(leaf):
+                if folded(leaf):
                     return self._expression(leaf)
                 return self._name(leaf)
             case list() | tuple():
@@ -339,81 +338,3 @@ def _attribute(graph_module: GraphModule, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
-
-
-def _from_loop(node: Node) -> bool:
-    """Whether `_loop` has written `node` already: a loop's result, or its one permute."""
-    if node.target is operator.getitem and has_body(node.args[0]):
-        return True
-    if not is_op(node, aten.permute.default):
-        return False
-    source = node.args[0]
-    return (
-        isinstance(source, Node) and _from_loop(source) and source.target is operator.getitem
-        and stacked_as(source)[0] is node
-    )
-
-
-def _is_piece(node: Node) -> bool:
-    """Whether `node` is bound where its split is written."""
-    return node.target is operator.getitem and _is_unpacked(cast(Node, node.args[0]))
-
-
-def _is_unpacked(node: Node) -> bool:
-    """Whether `node` is a split each of whose pieces is used."""
-    if not is_op(node, aten.split_with_sizes.default):
-        return False
-    places = {user.args[1] for user in node.users if user.target is operator.getitem}
-    return len(places) == len(node.users) == len(cast(list[int], node.args[1]))
-
-
-def _front_axis(node: Node) -> int | None:
-    """The axis that `node`, a permute, only moves to the front, if it is one."""
-    if not is_op(node, aten.permute.default):
-        return None
-    first, *rest = cast(list[int], node.args[1])
-    return first if rest == sorted(rest) else None
-
-
-def _folded(node: Node) -> bool:
-    """Whether `node` is written in place: a permute that only feeds the steps of loops, or a
-    range that only counts them."""
-    if _only_counts(node):
-        return True
-    if _front_axis(node) is None or _from_loop(node):
-        return False
-    return bool(node.users) and all(
-        has_body(u) and node in cast(list[Node], u.args[2])
-        and node not in cast(list[Node], u.args[1]) and node not in cast(list[Node], u.args[3])
-        for u in node.users
-    )
-
-
-def _only_counts(node: Node) -> bool:
-    """Whether `node` is a range whose numbers no step of a loop reads."""
-    return is_op(node, aten.arange.default) and bool(node.users) and all(
-        has_body(u) and u.args[2] == [node] and node not in cast(list[Node], u.args[3])
-        and not placeholders(body_of(u))[len(cast(list[Node], u.args[1]))].users
-        for u in node.users
-    )
-
-
-def _last_uses(graph_module: GraphModule) -> Mapping[Node, list[Node]]:
-    """For each node, the tensors that nothing after it uses."""
-    last: dict[Node, list[Node]] = {}
-    end = output_node(graph_module)
-    seen: set[Node] = set()
-
-    def visit(user: Node, at: Node) -> None:
-        for source in user.all_input_nodes:
-            if _folded(source):
-                visit(source, at)
-            elif source not in seen:
-                seen.add(source)
-                if source.op == "call_function" and at is not end and is_tensor(source):
-                    last.setdefault(at, []).append(source)
-
-    for node in reversed(list(graph_module.graph.nodes)):
-        if not _folded(node):
-            visit(node, node)
-    return last

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .apply import Seen
-from .capture import Capture, CaptureError, capture
+from .capture import Capture, capture
 from .formula import Formula, Lengths, Samples, Text, agree, at
 from .general import General, NoFormula, NotOneProgram, general
 from .lengths import Free, layout, operations, resized
 from .pipeline import Allowed, Applied, Outcome, begun
+from .refused import CaptureError
 from .rewrite import Pass, Skip
 
 SHORTEST = 10  # the least length that is traced: fewer trips might not be told from none

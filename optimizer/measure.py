@@ -13,7 +13,7 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,8 +86,8 @@ def interleaved(
 ) -> Comparison:
     """Time the candidates in turns for about `seconds` in all, and compare with the first.
 
-    Where it is asked on which side of `edge` ratios lie, a quarter of the time is enough if it
-    tells beyond the noise.
+    Where it is asked on which side of `edge` ratios lie, a quarter of the time is enough for those
+    of which it tells beyond the noise.
     """
     runs = {**candidates, AGAIN: next(iter(candidates.values()))}
     threads = torch.get_num_threads()
@@ -95,15 +95,22 @@ def interleaved(
               for n, run in runs.items()}
     once = {n: timer.warm_up() for n, timer in timers.items()}
     rounds = max(3, min(rounds, int(2 * seconds / sum(once.values()))))
-    for part in (1,) if edge is None else (4, 1):
-        share = seconds / part / (rounds * len(runs))
-        calls = {n: max(1, min(10_000, int(share / max(t, 1e-7)))) for n, t in once.items()}
-        found = _in_turns(timers, calls, rounds, mode, seed)
-        unsure = 1 + found.noise
-        if edge is not None and not any(
-                t.low / unsure <= edge <= t.high * unsure for t in found.timings[1:]):
-            break
-    return found
+    share = seconds / (rounds * len(runs))
+
+    def timed(names: Iterable[str], share: float) -> Comparison:
+        calls = {n: max(1, min(10_000, int(share / max(once[n], 1e-7)))) for n in names}
+        return _in_turns({n: timers[n] for n in calls}, calls, rounds, mode, seed)
+
+    if edge is None:
+        return timed(timers, share)
+    first = timed(timers, share / 4)
+    unsure = 1 + first.noise
+    left = [t.name for t in first.timings[1:] if t.low / unsure <= edge <= t.high * unsure]
+    if not left:
+        return first
+    second = timed([first.timings[0].name, *left, AGAIN], share)
+    longer = {t.name: t for t in second.timings}
+    return replace(second, timings=tuple(longer.get(t.name, t) for t in first.timings))
 
 
 def _in_turns(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .apply import ContractError
-from .capture import Capture, CaptureError, capture
+from .capture import Capture, capture
 from .cases import copied
 from .every_length import ComparedLengths, Make, optimize_family
 from .family import Family, family
@@ -24,6 +24,7 @@ from .general import NotOneProgram
 from .lengths import Free, found_lengths, given_lengths
 from .pipeline import Allowed
 from .program import program
+from .refused import CaptureError
 from .report import (
     ModeReport,
     Report,

@@ -12,9 +12,10 @@ from typing import Any, cast
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from .batching import Batcher, Lane
+from .batching import Batcher
 from .builder import Builder, build_constant, output_node, placeholders
 from .facts import body_of, is_random, is_scan, is_tensor, value
+from .lane import Lane
 from .normal_form import remove_dead
 
 

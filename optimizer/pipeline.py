@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from .apply import apply, outputs_apart, restore, tidy
 from .builder import duplicate
 from .capture import Capture
+from .equal import merge_equal
 from .facts import WASTED, Facts, Line, all_graphs
-from .normal_form import merge_equal
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
 from .waste import last_steps_apart

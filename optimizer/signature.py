@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import has_global_hooks
+from .refused import has_global_hooks
 from .state import assigned_by, model_state
 
 REQUIRES_GRAD = operator.attrgetter("requires_grad")

@@ -51,10 +51,11 @@ from ..optimizer.facts import (
     source_line,
     trips,
 )
-from ..optimizer.fold import NEVER, WITH_TENSOR, Loop, Misfit, Stretch, Varying, filled, fold
+from ..optimizer.fold import WITH_TENSOR, Loop, filled, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.stretch import NEVER, Misfit, Stretch, Varying
 
 PLACED = (
     *READS, *WRITES, *WITH_TENSOR,

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from looplift.optimizer.apply import tidy
 from looplift.optimizer.builder import Builder, output_node, placeholders
-from looplift.optimizer.capture import Capture, CaptureError, capture
+from looplift.optimizer.capture import Capture, capture
 from looplift.optimizer.emit import compiled
 from looplift.optimizer.facts import Facts, body_of, is_random, is_scan
 from looplift.optimizer.pipeline import run_passes
+from looplift.optimizer.refused import CaptureError
 from looplift.passes.lower_scans import LowerScans
 from looplift.passes.vectorize_patches import VectorizePatches
 from torch import Tensor, nn

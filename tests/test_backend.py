@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from looplift import backend
-from looplift.optimizer.capture import CaptureError
+from looplift.optimizer.refused import CaptureError
 from looplift.passes import ORDER
 from torch import Tensor, nn
 from torch.fx import GraphModule

@@ -52,9 +52,10 @@ def examined(name: str, length: int, seconds: float = 0.0) -> Row:
     """One row, in this process; ratios if `seconds` are given to measure them in, per mode."""
     import looplift
     import torch
-    from looplift.optimizer.capture import CaptureError, capture
+    from looplift.optimizer.capture import capture
     from looplift.optimizer.measure import compare_all
     from looplift.optimizer.pipeline import run_passes
+    from looplift.optimizer.refused import CaptureError
     from looplift.passes import ORDER
     from looplift.tests.corpus.models import ENTRIES
 

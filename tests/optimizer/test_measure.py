@@ -92,6 +92,25 @@ def test_where_a_side_is_asked_for_little_time_tells(
     assert round(timed[-1] / 750) == (4 if edge is None or parts == 2 else 1)
 
 
+def test_what_little_time_tells_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[list[str]] = []
+
+    def in_turns(
+        timers: Any, calls: Mapping[str, int], rounds: int, mode: str, seed: int
+    ) -> Comparison:
+        timed.append(list(calls))
+        ratios = {"one": 1.0, "slow": 0.5, "close": 1.02 / len(timed)}
+        return Comparison(mode, tuple(Timing(n, 1.0, *[ratios[n]] * 4) for n in calls
+                                      if n in ratios), 0.01, rounds, 1)
+
+    monkeypatch.setattr(measure, "_in_turns", in_turns)
+    monkeypatch.setattr(measure._Timer, "seconds_per_call", lambda timer, calls: 1e-4)
+    found = interleaved({"one": list, "slow": list, "close": list}, seconds=1.2, edge=1.02)
+    assert timed == [["one", "slow", "close", measure.AGAIN], ["one", "close", measure.AGAIN]]
+    assert [(t.name, t.ratio) for t in found.timings] == [("one", 1.0), ("slow", 0.5),
+                                                          ("close", 0.51)]
+
+
 def test_compare_has_both_modes_and_memory() -> None:
     a, b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     found = looplift.compare(a, b, (torch.randn(3, 4),), rounds=3, seconds=0.02)

@@ -1,0 +1,93 @@
+"""Equal operations of a graph, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .builder import placeholders
+from .facts import is_pure, is_view, outside_regions, source_line
+
+SMALL = 1 << 12  # elements of constant tensors that are compared
+
+
+def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
+    """Compute once what at least `fewest` nodes compute alike: pure operations of equal arguments.
+    Views are merged in any case.
+
+    The one that stays moves up to its arguments: what every step of a loop computed from the
+    same values is computed before the loop.
+    """
+    heads = placeholders(graph_module)
+    seen: dict[Any, list[Node]] = {}
+    first: dict[Node, Node] = {}  # of those that compute the same
+    place = {node: (k, 0) for k, node in enumerate(graph_module.graph.nodes)}
+    ends: dict[int, Node] = {}  # of what was moved behind a node, by that node's place
+    merged: dict[Node, None] = {}
+    outside = list(outside_regions(graph_module.graph.nodes))
+    made = _made_alike(graph_module, outside) if fewest > 2 else {}
+    for node in outside:
+        if node.op not in ("call_function", "get_attr") or not is_pure(node):
+            continue
+        key = made.get(node) or _computed(graph_module, node, first)
+        alike = seen.setdefault(key, [])
+        alike.append(node)
+        first[node] = alike[0]
+    for kept, *others in seen.values():
+        if others and (len(others) + 1 >= fewest or is_view(kept)):
+            for node in others:
+                node.replace_all_uses_with(kept)
+                graph_module.graph.erase_node(node)
+            merged[kept] = None
+    movable = set(outside)
+    for number, node in enumerate(sorted(merged, key=place.__getitem__), start=1):
+        if node.all_input_nodes and movable.issuperset(node.all_input_nodes):
+            last = max(node.all_input_nodes, key=place.__getitem__)
+            anchor = last if last.op != "placeholder" else heads[-1]
+            behind = place[anchor][0]
+            ends.setdefault(behind, anchor).append(node)
+            ends[behind], place[node] = node, (behind, number)
+
+
+def _computed(graph_module: GraphModule, node: Node, first: dict[Node, Node]) -> Any:
+    """What a node computes, of what; the `first` of equal nodes stands for all."""
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    target = node.target if node.op == "call_function" else _held(graph_module, node)
+    return (node.op, target, repr(spec), tuple(
+        first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
+    ))
+
+
+def _made_alike(graph_module: GraphModule, nodes: Sequence[Node]) -> dict[Node, Any]:
+    """What is made from nothing, by its line and what it is.
+
+    Each by itself where a line makes one thing a few times and then another, as `torch.full((), t
+    // 10)` does in a loop: merged, these would leave the first of some steps alone.
+    """
+    found: dict[Any, list[tuple[Node, Any]]] = {}
+    for node in nodes:
+        if node.op in ("call_function", "get_attr") and is_pure(node) and not node.all_input_nodes:
+            line = source_line(next(iter(node.users), node))
+            kind = line, node.target if node.op == "call_function" else "constant"
+            found.setdefault(kind, []).append((node, (line, _computed(graph_module, node, {}))))
+    alike: dict[Node, Any] = {}
+    for pairs in found.values():
+        period = len({what for _, what in pairs})
+        regular = all(a[1] == b[1] for a, b in zip(pairs, pairs[period:], strict=False))
+        alike |= {node: what if regular else node for node, what in pairs}
+    return alike
+
+
+def _held(graph_module: GraphModule, node: Node) -> Any:
+    """What tells an attribute from others: a constant tensor's dtype, device, shape and bytes."""
+    held = getattr(graph_module, str(node.target))
+    if type(held) is not Tensor or held.numel() > SMALL or held.layout is not torch.strided:
+        return node.target
+    numbers = held.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return (held.dtype, held.device, held.shape, held.requires_grad,
+            numbers.view(torch.uint8).numpy().tobytes())
