@@ -37,7 +37,8 @@ from .pointwise import CPP, Unsupported, is_mask
 from .step import Counts, Sizes, moving, traced
 from .writer import View, Writer
 
-MOST_BYTES = 1 << 18  # of buffers in one task
+MOST_BYTES = 1 << 21  # of buffers in one task: a core's cache
+ON_STACK = 1 << 18  # bytes of them that lie on a thread's stack
 
 
 @dataclass(frozen=True)
@@ -340,18 +341,19 @@ class _Kernel(Writer):
             expected = math.prod(self.axes.sizes[p] for p in self.axes.free)
         local = [p for name, p in self.buffers.items()
                  if name in self.needed or name in {self.places[h].buffer for h in self.heads}]
+        told = 1 << min(max(expected, 1).bit_length() - 1, 6)  # what a block's size is chosen by
         rows = 1 if self.lane is not None or expected < 4 else 2 if expected < 8 else 4
-        room = sum(p.extent * (256 if p.lane else 8 * rows) for p in local)
+        lanes = min(max(8 * told, 64), 256)  # bytes of up to 4 vectors, no more than `told` fills
+        room = sum(p.extent * (lanes if p.lane else 8 * rows) for p in local)
         if room > MOST_BYTES:
             raise Unsupported(f"its values need {room >> 10} KiB of a core's cache")
-        source = COMMON + self._walk(local, layouts)
-        told = 1 << min(max(expected, 1).bit_length() - 1, 6)  # what a block's size is chosen by
+        source = COMMON + self._walk(local, layouts, room <= ON_STACK)
         source += f"constexpr int64_t COUNT = {len(nodes)}, EXPECTED = {told};\n"
         source += (ROWS if self.lane is None else LANES) + ENTRIES
         return Kernel(source, {p: self.axes.sizes[p] for p in self.axes.free}, self.lane, layouts,
                       self._overwrites(layouts))
 
-    def _walk(self, local: list[Place], layouts: Sequence[Layout]) -> str:
+    def _walk(self, local: list[Place], layouts: Sequence[Layout], on_stack: bool) -> str:
         held, read, fixed = self.counts
         given, count = held + read + fixed, len(layouts)
         moves = moving(self.counts, count)
@@ -372,8 +374,12 @@ class _Kernel(Writer):
             lines += [f"  S* p{k} = a[{k}].data + at[{k}]{rest.format(k)};",
                       f"  const int64_t m{k} = a[{k}].pitch, q{k} = a[{k}].strides[AXES - 1];"]
         lines += [f"  const int64_t d{k} = a[{k}].step;" for k in moves] + self.tables
-        lines += [f"  {'V' if p.lane else 'alignas(64) S'} {p.buffer}"
-                  f"[{p.extent} * {'N' if p.lane else 'R'}];" for p in local]
+        for place in local:
+            kind, size = ("V", "N") if place.lane else ("S", "R")
+            size, name = f"{place.extent} * {size}", place.buffer
+            lines += [f"  alignas(64) {kind} {name}[{size}];"] if on_stack else [
+                f"  const std::unique_ptr<{kind}[]> {name}_room(new {kind}[{size}]);",
+                f"  {kind}* const {name} = {name}_room.get();"]
         for head in stored:
             lines += transfer(self.places[head], self.heads.index(head), False)
         lines += ["  for (int64_t t = 0; t < steps; ++t) {"]

@@ -9,6 +9,7 @@ constexpr int AXES = {AXES};
 #include <ATen/cpu/vec/vec.h>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <type_traits>
 using at::vec::Vectorized;
 

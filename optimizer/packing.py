@@ -72,7 +72,13 @@ def kernel_for(
                      if pitch(layout(axes, nodes[k], lane), lies[k], lane) is None)
         return copied, size < 8, -size
 
-    return kernel(step, sizes, counts, min(lanes, key=cost), spent)
+    reasons: list[Unsupported] = []
+    for lane in sorted(lanes, key=cost):
+        try:
+            return kernel(step, sizes, counts, lane, spent)
+        except Unsupported as reason:  # its values may be too large along so many lanes
+            reasons.append(reason)
+    raise reasons[0]
 
 
 def pitch(how: Layout, lie: Lie, lane: int | None) -> int | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .builder import output_node, placeholders
 from .facts import SCAN, aten, body_of, is_op, is_scan, trips, value
+from .fold import WITH_TENSOR
 from .fused import plain
 from .loop import plain_loop
 from .pointwise import Unsupported
 
 LONGEST = 32  # steps of a loop that is written out; short enough to be no length of an input
 LARGEST = 160  # operations of a step whose inner loops are written out
+# operations of two tensors, and the form whose second argument is a number
+WITH_NUMBER = {two: one for one, two in reversed(WITH_TENSOR.items())}
 FUSED = torch.ops.looplift.fused_scan.default
 
 
@@ -33,6 +36,7 @@ def unrolled(body: GraphModule) -> GraphModule:
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     with mode, torch.no_grad():
         made = make_fx(_WritingOut(body).run, {aten.unbind.int: _unbound})(*values)
+    _put_numbers(made)
     made.graph.eliminate_dead_code()
     for head, was in zip(placeholders(made), heads, strict=True):
         head._rename(was.name)
@@ -41,6 +45,22 @@ def unrolled(body: GraphModule) -> GraphModule:
     end.args = (tuple(end.args[0]),)  # type: ignore[arg-type]
     made.recompile()
     return made
+
+
+def _put_numbers(body: GraphModule) -> None:
+    """Give operations that take tensors and numbers alike a number for one of a constant tensor:
+    the schedule of a loop that was written out."""
+    for read in body.graph.find_nodes(op="call_function", target=aten.select.int):
+        source, axis, index = cast(tuple[Node, int, int], read.args)
+        if source.op != "get_attr" or value(read).dim():
+            continue
+        number = getattr(body, str(source.target)).select(axis, index).item()
+        for user in list(read.users):
+            if user.target in WITH_NUMBER and user.args[1] is read \
+                    and isinstance(first := user.args[0], Node) and first is not read \
+                    and value(first).dtype == value(user).dtype:
+                user.target = WITH_NUMBER[user.target]
+                user.args = (first, number, *user.args[2:])
 
 
 def inner_trips(body: GraphModule) -> list[int]:

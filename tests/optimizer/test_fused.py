@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from looplift.optimizer import fused, walk
+from looplift.optimizer.compiled import compiled
 from looplift.optimizer.fused import build_kernel, fused_scan, scan_operator
 from looplift.optimizer.kernel import kernel
 from looplift.optimizer.loop import plain_loop
@@ -449,7 +450,19 @@ def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:
 def test_values_that_no_cache_holds() -> None:
     step = "def step(h, x):\n    return [h @ h + x.sum() * h]\n"
     with pytest.raises(Unsupported, match="KiB of a core's cache"):
-        build_kernel(step, [random(300, 300)], [random(3, 2)], [])
+        build_kernel(step, [random(600, 600)], [random(3, 2)], [])
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((2, 120, 121), "S"), ((64, 48, 50), "V")])
+def test_states_larger_than_a_stack_or_than_so_many_lanes(
+    sizes: tuple[int, ...], held: str
+) -> None:
+    step = "def step(h, x):\n    near = h.roll(1, -1) + h.roll(-1, -2) - 2 * h\n    " \
+        "h = h + torch.tanh(0.1 * near) * x\n    return [h, h.sum((-1, -2))]\n"
+    with mock.patch.object(fused, "compiled", wraps=compiled) as built:
+        build_kernel(step, [random(*sizes)], [random(4, sizes[0], 1, 1)], [])
+    assert f"std::unique_ptr<{held}[]>" in built.call_args.args[0]
+    same(step, [random(*sizes, grad=True)], [random(4, sizes[0], 1, 1, grad=True)], [], 1)
 
 
 def test_without_a_compiler_the_plain_loop_runs() -> None:

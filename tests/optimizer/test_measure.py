@@ -100,8 +100,8 @@ def test_what_little_time_tells_is_not_timed_again(monkeypatch: pytest.MonkeyPat
     ) -> Comparison:
         timed.append(list(calls))
         ratios = {"one": 1.0, "slow": 0.5, "close": 1.02 / len(timed)}
-        return Comparison(mode, tuple(Timing(n, 1.0, *[ratios[n]] * 4) for n in calls
-                                      if n in ratios), 0.01, rounds, 1)
+        return Comparison(mode, tuple(Timing(n, 1.0, r, r, r, r) for n, r in ratios.items()
+                                      if n in calls), 0.01, rounds, 1)
 
     monkeypatch.setattr(measure, "_in_turns", in_turns)
     monkeypatch.setattr(measure._Timer, "seconds_per_call", lambda timer, calls: 1e-4)

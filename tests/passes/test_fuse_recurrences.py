@@ -459,6 +459,22 @@ def solved(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def integrated(m: Any, x: Tensor) -> Tensor:
+    """Slopes that differ only in a number are a loop of their own, over a table."""
+    def slope(h: Tensor, drive: Tensor) -> Tensor:
+        return drive - torch.sin(h) * m.decay
+
+    h, outputs, dt = torch.zeros_like(x[:, 0]), [], 0.1
+    for t in range(x.shape[1]):
+        first = slope(h, x[:, t])
+        second = slope(h + dt / 2 * first, x[:, t])
+        third = slope(h + dt / 2 * second, x[:, t])
+        fourth = slope(h + dt * third, x[:, t])
+        h = h + dt / 6 * (first + 2 * second + 2 * third + fourth)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 def smoothed_backwards(m: Any, x: Tensor) -> Tensor:
     """Each step runs a short recurrence from the last to the first of its channels."""
     h, outputs = x[:, 0], []
@@ -484,7 +500,7 @@ def truncated(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("without", [(), ("fuse-recurrences",), ("batch-timesteps",)])
-@pytest.mark.parametrize("forward", [solved, smoothed_backwards, truncated])
+@pytest.mark.parametrize("forward", [solved, integrated, smoothed_backwards, truncated])
 def test_short_loops_in_a_step_are_written_out(forward: Forward, without: tuple[str, ...]) -> None:
     model, x = Model(forward), torch.randn(3, STEPS, 4)
     passes = tuple(p for p in ORDER if p.name not in without)
