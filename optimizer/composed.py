@@ -124,6 +124,28 @@ def _pad(x: Tensor, sizes: Sequence[int], number: Any = 0) -> Tensor:
     return x
 
 
+def _pad_with_itself(
+    x: Tensor, sizes: Sequence[int], mode: str = "constant", number: Any = None
+) -> Any:
+    """`circular`, `reflect` and `replicate`."""
+    if mode == "constant" or min(sizes, default=0) < 0:
+        return NotImplemented
+    for axis, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), start=1):
+        size = x.shape[-axis]
+        if mode == "replicate":
+            ends = [[x.narrow(-axis, at, 1)] * count for at, count in ((0, before),
+                                                                       (size - 1, after))]
+        elif mode == "reflect":
+            ends = [[_flip(x.narrow(-axis, at, count), [-axis])]
+                    for at, count in ((1, before), (size - 1 - after, after))]
+        else:
+            ends = [[x.narrow(-axis, size - before, before)], [x.narrow(-axis, 0, after)]]
+        if any(end is NotImplemented for end in (*ends[0], *ends[1])):
+            return NotImplemented
+        x = torch.cat([*ends[0], x, *ends[1]], -axis)
+    return x
+
+
 def _roll(x: Tensor, shifts: Sequence[int], axes: Sequence[int] = ()) -> Tensor:
     if not axes:
         return _roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
@@ -348,6 +370,7 @@ EARLY: dict[Any, Callable[..., Any]] = {
     aten.argmax.default: _extreme_place("amax"), aten.argmin.default: _extreme_place("amin"),
     aten.max.default: torch.amax, aten.min.default: torch.amin,
     aten.one_hot.default: _one_hot, aten.diagonal.default: _diagonal,
+    aten.pad.default: _pad_with_itself,
 }
 
 

@@ -20,9 +20,10 @@ from .double import Width
 from .family import Family
 from .formula import Lengths, Samples, at
 from .general import NotOneProgram, general
-from .measure import buffers_kept, call
+from .measure import call
 from .rewritten import Rewritten
 from .select import LITTLE, STRUCTURAL, Options, Selection, again, select
+from .state import state_kept
 from .verdict import Differs, Equal
 from .verify import Seen, verify_once
 
@@ -119,7 +120,7 @@ def measuring_lengths(
                   for first, step, most in zip(firsts, steps, mosts, strict=True))
     args, kwargs = pytree.tree_unflatten(found.resized(leaves, short), spec)
     run = call(model, args, kwargs, training=True)
-    with buffers_kept(model):
+    with state_kept(model):
         run()
         start = time.perf_counter()
         run()

@@ -207,7 +207,8 @@ def _unify(
 def _first_difference(graphs: Sequence[GraphModule]) -> str:
     for nodes in zip(*(g.graph.nodes for g in graphs), strict=False):
         if not agree([(n.op, n.target if n.op == "call_function" else "") for n in nodes]):
-            return f"at {source_line(nodes[0])} it does other operations at other lengths"
+            line = next(filter(None, map(source_line, nodes)), None)
+            return f"{f'at {line} ' if line else ''}it does other operations at other lengths"
     return ""
 
 

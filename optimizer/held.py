@@ -1,11 +1,16 @@
-"""What a model holds besides its registered tensors: lists, tables and objects, however nested."""
+"""What a model holds besides its registered tensors: lists, tables and objects, however nested.
+
+Also the lists and tables that forward knows by a global name, or closes over.
+"""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +24,10 @@ OPAQUE = (
 
 
 def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Each list, table, set or object's attributes, with the module and attribute it hangs on."""
+    """Each list, table, set or object's attributes, with the module and attribute it hangs on.
+
+    Then those that are no attributes, under the names that forward has for them.
+    """
     stack = [(module, key, held) for module in modules for key, held in vars(module).items()
              if key not in OWN]
     seen: set[int] = set()
@@ -36,6 +44,46 @@ def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, A
             yield owner, key, inside
         items = inside.values() if isinstance(inside, dict) else inside
         stack += [(owner, key, item) for item in items]
+    for module in modules:
+        for key, held in _named(module):
+            if id(held) not in seen:
+                seen.add(id(held))
+                yield module, key, held
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The lists, tables and sets that forward, or a function of its file or on the module that it
+    names, knows by a global name or closes over."""
+    todo: list[Any] = [] if type(module).__module__.startswith("torch.") else [type(module).forward]
+    seen: set[types.CodeType] = set()
+    while todo:
+        function = todo.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        known: list[tuple[str, Any]] = []
+        for name in _names(code):
+            known.append((name, function.__globals__.get(name)))
+            method = getattr(type(module), name, None)
+            if getattr(method, "__globals__", None) is function.__globals__:
+                todo.append(method)
+            todo.append(vars(module).get(name))
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # it is empty
+                known.append((name, cell.cell_contents))
+        for name, held in known:
+            if isinstance(held, (list, dict, set, collections.deque)):
+                yield name, held
+            elif getattr(held, "__globals__", None) is function.__globals__:
+                todo.append(held)
+
+
+@lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names in a function and those defined in it."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys((*code.co_names, *(n for c in inner for n in _names(c)))))
 
 
 class Contents:

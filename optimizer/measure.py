@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
 from .cases import copied, flat
-from .state import Attributes
+from .state import Attributes, state_kept
 
 AGAIN = "naive again"
 BUSY = 0.05  # noise above which a machine has other things to do
@@ -248,18 +248,6 @@ def _repeatable(model: Any, run: Callable[[], None]) -> Callable[[], None]:
     return again
 
 
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back as they were, however often it is called meanwhile."""
-    before = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, contents in before:
-                buffer.copy_(contents)
-
-
 def device_of(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
     tensors = [t for t in (*model.parameters(), *leaves) if isinstance(t, Tensor)]
     return tensors[0].device if tensors else torch.device("cpu")
@@ -288,7 +276,7 @@ def compare_all(
         runs = {n: call(m, args, kwargs or {}, one == "training") for n, m in models.items()}
         with contextlib.ExitStack() as stack:
             for model in models.values():
-                stack.enter_context(buffers_kept(model))
+                stack.enter_context(state_kept(model))
             timed = interleaved(runs, mode=one, rounds=rounds, seconds=seconds)
             if memory:
                 device = device_of(next(iter(models.values())), flat(args, kwargs)[0])

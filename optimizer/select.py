@@ -16,7 +16,6 @@ from .cases import copied, flat
 from .measure import (
     BUSY,
     Comparison,
-    buffers_kept,
     call,
     device_of,
     interleaved,
@@ -25,7 +24,7 @@ from .measure import (
 from .pipeline import Applied, Group, Outcome, run_passes
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
-from .state import fresh_state, model_state, swapped
+from .state import fresh_state, model_state, state_kept, swapped
 from .verdict import Differs, NotVerified, Verdict
 from .verify import verify
 
@@ -360,7 +359,8 @@ class _Selecting:
 
     def _weigh(self, module: nn.Module) -> int:
         run = call(module, self.args, self.kwargs, self.mode == "training")
-        return peak_memory(run, device_of(self.model, self.args))
+        with state_kept(self.model):
+            return peak_memory(run, device_of(self.model, self.args))
 
     def _bundles(self, outcome: Outcome) -> dict[str, list[Group]]:
         """Groups to try leaving out together, by a name to show."""
@@ -384,7 +384,7 @@ class _Selecting:
         if memory is not None:  # the whole is compared with the model, as a caller sees it
             runs["looplift"] = partial(_in_turn, self.before, runs["looplift"])
         self.progress(f"measuring {len(runs)} variants ({self.mode})")
-        with buffers_kept(self.model):
+        with state_kept(self.model):
             timed = interleaved(runs, mode=self.mode, seed=self.options.seed, rounds=rounds,
                                 seconds=0.5 * (1 + len(runs)), edge=edge)
         weighed = [replace(t, memory=(memory or {}).get(t.name)) for t in timed.timings]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -219,7 +221,8 @@ def assignments(changes: Sequence[Change], begin: int) -> tuple[list[Assigned], 
         plain = all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         parameter = change.holder is change.owner._parameters
         if change.holder is None:
-            raise Effect(f"forward changes what the attribute {change.name!r} holds, {EFFECT}")
+            kind = "attribute" if change.attribute in vars(change.owner) else "global or enclosed"
+            raise Effect(f"forward changes what the {kind} {change.name!r} holds, {EFFECT}")
         if counts or not plain or parameter or change.after is MISSING:
             raise Effect(f"forward assigns the attribute {change.name!r}, {EFFECT}")
         found.append(Assigned(change.name, change.owner, change.attribute,
@@ -288,6 +291,34 @@ def swapped(
             before.contents.put_back()
         else:
             Attributes(model).contents.swap(originals)
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what calls of the model write to meanwhile: all its tensors but those trained."""
+    held = [t for t in map(State.get, model_state(model)) if not t.requires_grad]
+    before = [(t, t.detach().clone()) for t in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, contents in before:
+                if not torch.equal(tensor, contents):
+                    tensor.copy_(contents)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put back the states of the random generators of PyTorch, Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])
 
 
 @contextlib.contextmanager

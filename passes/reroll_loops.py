@@ -130,7 +130,9 @@ class RerollLoops:
         reasons: dict[Line, list[str]] = {}
         for (line, _), nodes in ran.items():
             if len(nodes) >= LOOKS_REPEATED and line not in told and not is_scan(nodes[0]):
-                reasons.setdefault(line, []).append(f"{len(nodes)} steps: {difference(nodes)}")
+                kind = getattr(nodes[0].target, "_opname", str(nodes[0].target))
+                reasons.setdefault(line, []).append(
+                    f"{len(nodes)} times {kind}: {difference(nodes)}")
         for line, found in reasons.items():  # the telling ones first
             yield Skip(self.name, min(found, key=lambda reason: BETWEEN in reason), line)
 
@@ -280,7 +282,7 @@ def difference(nodes: Sequence[Node]) -> str:
     """In what operations of one line differ."""
     parameters = [{s for s in n.all_input_nodes if s.meta.get("state")} for n in nodes]
     if len({str([s.meta.get("val") for s in (n, *n.all_input_nodes)]) for n in nodes}) > 1:
-        return "they work on different sizes (a triangular loop)"
+        return "they work on different sizes, as in a triangular loop"
     if any(own != parameters[0] for own in parameters):
         return "each uses parameters of its own"
     if len({token(n) for n in nodes}) > 1:

@@ -461,7 +461,7 @@ def solved(m: Any, x: Tensor) -> Tensor:
 
 def integrated(m: Any, x: Tensor) -> Tensor:
     """Slopes that differ only in a number are a loop of their own, over a table."""
-    def slope(h: Tensor, drive: Tensor) -> Tensor:
+    def slope(h: Tensor, drive: Tensor) -> Any:
         return drive - torch.sin(h) * m.decay
 
     h, outputs, dt = torch.zeros_like(x[:, 0]), [], 0.1

@@ -247,8 +247,8 @@ def rolled(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("forward", "reason"), [
-    (triangular, "6 steps: they work on different sizes (a triangular loop)"),
-    (rolled, "6 steps: a number given to them varies"),
+    (triangular, "6 times sum: they work on different sizes, as in a triangular loop"),
+    (rolled, "6 times roll: a number given to them varies"),
     (two_dropouts, "several random operations run in every step"),
     (own_parameters, "each trip uses parameters of its own, and the result of the one before"),
 ])
