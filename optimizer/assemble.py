@@ -15,6 +15,10 @@ from .interleave import write_windows
 from .reads import lanes
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
+# of the size of their argument, and those that are given a size
+LIKE = {aten.rand_like.default: aten.rand.default, aten.randn_like.default: aten.randn.default}
+DRAWN = {*LIKE, aten.bernoulli.p, aten.dropout.default}
+
 
 def build_scan(loop: Loop, build: Builder) -> dict[Node, Node]:
     """Insert the scan of `loop`; maps each node used outside the loop to what replaces it."""
@@ -127,12 +131,42 @@ class _Assembly:
                 return self._filled(node, fill)
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
+        if (drawn := self._drawn(node, args, kwargs)) is not None:
+            return drawn
         target: Any = node.target
         if isinstance(dict(enumerate(self.loop.sources[place])).get(1), Varying):
             target = WITH_TENSOR.get(target, target)
         made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(node.meta.items())
         return made
+
+    def _drawn(self, node: Node, args: Any, kwargs: Any) -> Node | None:
+        """A random operation by the size of its argument alone, where only that counts: off the
+        carries' cycle, its numbers can be drawn in a loop of their own, in the same order."""
+        like, made = node.args[0] if node.args else None, value(node)
+        if not isinstance(like, Node) or node.target not in DRAWN or made.device.type != "cpu" \
+                or not (made.is_contiguous() and value(like).is_contiguous()):
+            return None
+        options = {"dtype": made.dtype, "device": made.device}
+
+        def put(target: Any, *args: Any, **kwargs: Any) -> Node:
+            found = self.graph.call_function(target, args, kwargs)
+            found.meta = {**node.meta, "val": made}
+            return found
+
+        if node.target in LIKE:
+            return put(LIKE[node.target], list(made.shape), **options) \
+                if kwargs.get("memory_format") is None else None
+        probability = args[1]
+        if node.target is aten.dropout.default:
+            if not args[2] or probability in (0, 1):
+                return None
+            probability = 1 - probability
+        size = put(aten.zeros.default, list(made.shape), **options)
+        noise = put(aten.bernoulli.p, size, probability)
+        if node.target is aten.bernoulli.p:
+            return noise
+        return put(aten.mul.Tensor, args[0], put(aten.div.Tensor, noise, probability))
 
     def _filled(self, node: Node, numbers: Varying) -> Node:
         """A tensor filled with a number of each step's own."""

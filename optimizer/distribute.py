@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch.fx import Graph, GraphModule, Node
@@ -42,7 +42,11 @@ TAKEN_APART = "taken apart"  # marks a scan that is what could not be batched
 
 @dataclass(frozen=True)
 class Split:
-    """A scan's body by what must stay in step: `cycles` in an order they can run in."""
+    """A scan's body by what must stay in step: `cycles` in an order they can run in.
+
+    Random operations that need no other, nor a carry, are a cycle of no carries: they draw their
+    numbers in the order that they have. `reorders`: there are others as well.
+    """
 
     scan: Node
     body: GraphModule
@@ -53,6 +57,7 @@ class Split:
     outputs: tuple[Node, ...]
     cycles: tuple[frozenset[int], ...]  # carries that depend on one another
     on_cycle: dict[Node, int]  # operation → its cycle
+    reorders: bool
 
     @property
     def operations(self) -> list[Node]:
@@ -84,12 +89,19 @@ def split(scan: Node) -> Split:
         for number, cycle in enumerate(cycles)
         if cycle & reached[node] and cycle & needed[node]
     }
+    random = [n for n in body.graph.nodes if is_random(n)]
+    reorders = len(random) > 1
+    before = reached_by(body.graph, [*carries, *random])
+    if reorders and not any(before[source] for n in random for source in n.all_input_nodes):
+        on_cycle |= dict.fromkeys(random, len(cycles))
+        cycles.append(frozenset())
+        reorders = False
     for node in body.graph.nodes:  # an item stays with the operation whose result it is part of
         if is_op(node, operator.getitem) and node.args[0] in on_cycle:
             on_cycle[node] = on_cycle[node.args[0]]
     return Split(
         scan, body, tuple(carries), tuple(nexts), tuple(slices), tuple(heads[held + sliced :]),
-        tuple(results[held:]), tuple(cycles), on_cycle,
+        tuple(results[held:]), tuple(cycles), on_cycle, reorders,
     )
 
 
@@ -330,7 +342,8 @@ def splits(facts: Facts) -> Iterator[Split]:
 def distribution(pass_name: str, parts: Split) -> Rewrite:
     """The rewrite that distributes a scan, in the name of a pass."""
     summary = f"{trips(parts.scan)} × ({counted(batchable(parts)) or 'views'}) → 1"
-    return replacing(pass_name, summary, parts.scan, lambda b: Distribution(parts, b).run())
+    made = replacing(pass_name, summary, parts.scan, lambda b: Distribution(parts, b).run())
+    return replace(made, reorders_random=parts.reorders)
 
 
 def replacing(

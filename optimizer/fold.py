@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .affine import progression
-from .facts import READS, WRITES, aten, is_op, is_random, is_region_marker, is_tensor, value
+from .facts import READS, WRITES, aten, is_op, is_region_marker, is_tensor, value
 from .reads import Link
 from .stretch import Carried, Constant, Invariant, Local, Misfit, Source, Stretch, Varying
 
@@ -66,12 +66,6 @@ class Loop:
             ):
                 found.add(place)
         return found
-
-    @property
-    def random(self) -> list[Node]:
-        """The random operations of one trip. One alone keeps its order, whatever is taken apart."""
-        return [n for n in self.stretch.operations[: self.stretch.period] if is_random(n)]
-
 
 def fold(operations: Sequence[Node], period: int) -> Loop:
     """The loop that `operations` are, `period` to a trip; raises `Misfit` if they are none."""

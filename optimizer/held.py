@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import inspect
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -54,7 +55,9 @@ def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, A
 def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The lists, tables and sets that forward, or a function of its file or on the module that it
     names, knows by a global name or closes over."""
-    todo: list[Any] = [] if type(module).__module__.startswith("torch.") else [type(module).forward]
+    if type(module).__module__.startswith("torch."):
+        return
+    todo: list[Any] = [inspect.unwrap(type(module).forward)]
     seen: set[types.CodeType] = set()
     while todo:
         function = todo.pop()

@@ -13,7 +13,7 @@ Wins:
 Sound if:
     1. an operation is on no carry's cycle: no later step's carry that it depends on depends
        on it;
-    2. it is not random;
+    2. it is not random: random operations draw in a loop of their own, in their order;
     3. a batching rule, or torch.vmap, covers it; otherwise it stays in a loop of its own.
 Skips:
     scans whose body is all cycle.

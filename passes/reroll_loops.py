@@ -11,8 +11,7 @@ Sound if:
        every trip: constant, invariant, of this trip, of a fixed number of trips back, or read
        from an outer value at a known place;
     2. what is carried keeps its shape, dtype and device;
-    3. at most one operation is random (then it keeps its order), and no autocast region begins
-       or ends inside.
+    3. no autocast region begins or ends inside.
 Skips:
     loops whose steps compute no more than it would cost to stack what they read;
     each argument that breaks one of these, at the user's line.
@@ -204,7 +203,6 @@ class RerollLoops:
         per_trip = len([n for n in operations[: loop.stretch.period] if not is_view(n)])
         summary = f"{loop.trips} × {per_trip} operations → one scan"
         return Rewrite(self.name, summary, line, operations[-1].next, replaces, build,
-                       reorders_random=len(loop.random) > 1,
                        supersedes=tuple(n for n in operations
                                         if is_random(n) or n.meta.get(WASTED)))
 

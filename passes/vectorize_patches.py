@@ -9,7 +9,7 @@ Wins:
     `slab` steps at a time where all of them would need too much memory.
 Sound if:
     1. the scan carries nothing, so that no step can see another;
-    2. the body's operations are not random;
+    2. they are not random: random operations draw in a loop of their own, in their order;
     3. a batching rule, or torch.vmap, covers each; one that none covers stays in a loop.
 Skips:
     scans none of whose operations can be batched.

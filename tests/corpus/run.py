@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 WHOLE_LOOP = re.compile(r"\d+ × \d+ operations → one scan")
-LEFT_LOOP = re.compile(r"a loop of \d+ trips: |\d+ steps: ")
+LEFT_LOOP = re.compile(r"a loop of \d+ trips: |\d+ times \w+: ")
 
 
 @dataclass

@@ -407,18 +407,31 @@ def layers(m: Any, x: Tensor) -> Tensor:
     return x
 
 
+# Random numbers
+
+
+@shape(loops=1)
+def random(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([F.dropout(m.a(x[:, t]), 0.5) + F.dropout(x[:, t], 0.5)
+                        for t in range(x.shape[1])], 1)
+
+
+@shape(loops=3)
+def zoneout(m: Any, x: Tensor) -> Tensor:
+    h, c, outputs = x[:, 0], x[:, 0], []
+    for t in range(x.shape[1]):
+        h = h + F.dropout(torch.tanh(m.a(h) + x[:, t]) - h, 0.1)
+        c = c + F.dropout(h * m.decay - c, 0.2) + 0.1 * torch.randn_like(c)
+        outputs.append(h + c)
+    return torch.stack(outputs, 1)
+
+
 # What is left as it is
 
 
 @shape(reason="they work on different sizes, as in a triangular loop")
 def triangular(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, : t + 1].sum(1)) for t in range(x.shape[1])], 1)
-
-
-@shape(reason="several random operations run in every step, whose order must be kept")
-def random(m: Any, x: Tensor) -> Tensor:
-    return torch.stack([F.dropout(m.a(x[:, t]), 0.5) + F.dropout(x[:, t], 0.5)
-                        for t in range(x.shape[1])], 1)
 
 
 @shape(reason="forward asks for the value of a tensor")
