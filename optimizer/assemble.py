@@ -15,7 +15,7 @@ from .interleave import write_windows
 from .reads import lanes
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
-# of the size of their argument, and those that are given a size
+# operations that draw by the size of their argument, and those that are given that size
 LIKE = {aten.rand_like.default: aten.rand.default, aten.randn_like.default: aten.randn.default}
 DRAWN = {*LIKE, aten.bernoulli.p, aten.dropout.default}
 

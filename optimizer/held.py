@@ -67,10 +67,8 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
         seen.add(code)
         known: list[tuple[str, Any]] = []
         for name in _names(code):
-            known.append((name, function.__globals__.get(name)))
-            method = getattr(type(module), name, None)
-            if getattr(method, "__globals__", None) is function.__globals__:
-                todo.append(method)
+            known += [(name, function.__globals__.get(name)),
+                      (name, getattr(type(module), name, None))]
             todo.append(vars(module).get(name))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # it is empty
@@ -78,7 +76,8 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for name, held in known:
             if isinstance(held, (list, dict, set, collections.deque)):
                 yield name, held
-            elif getattr(held, "__globals__", None) is function.__globals__:
+            elif isinstance(held, types.FunctionType) \
+                    and held.__globals__ is function.__globals__:
                 todo.append(held)
 
 

@@ -303,7 +303,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, contents in before:
-                if not torch.equal(tensor, contents):
+                if tensor.layout is not torch.strided or not torch.equal(tensor, contents):
                     tensor.copy_(contents)
 
 

@@ -132,11 +132,19 @@ def logs_where_it_was_defined() -> tuple[list[Tensor], Callable[[Any, Tensor], N
     return log, lambda m, h: log.append(h)
 
 
-@pytest.mark.parametrize("name", ["LOG", "log"])
+def logs_in_its_class(m: Any, h: Tensor) -> None:
+    m.kept.append(h)
+
+
+@pytest.mark.parametrize("name", ["LOG", "log", "kept"])
 def test_lists_beside_the_model(name: str) -> None:
-    log, keep = (LOG, logs_globally) if name == "LOG" else logs_where_it_was_defined()
+    own: list[Tensor] = []
+    log, keep = {"LOG": (LOG, logs_globally), "log": logs_where_it_was_defined(),
+                 "kept": (own, logs_in_its_class)}[name]
 
     class Logged(nn.Module):
+        kept = own
+
         def __init__(self) -> None:
             super().__init__()
             self.keep = keep
