@@ -434,16 +434,45 @@ def advantages(m: Any, x: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("forward", [scheduled, sampled, scaled_before, advantages])
+def noisy(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(x[:, t]) + 0.9 * h) + 0.1 * torch.randn_like(h)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def dropped(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h = torch.nn.functional.dropout(torch.tanh(m.a(x[:, t]) + m.b(h)), 0.3)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def kept_at_random(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        keep = torch.bernoulli(h.detach(), 0.6)
+        h = keep * h + (1 - keep) * torch.tanh(x[:, t])
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("forward", [scheduled, sampled, scaled_before, advantages, noisy, dropped,
+                                     kept_at_random])
 def test_numbers_of_each_step(forward: Forward) -> None:
+    """Random ones are drawn before, in their order."""
     model, x = Model(forward), torch.randn(3, STEPS, 4)
     fast = looplift.apply_passes(model, (x,), measure=False)
     assert "fused_scan" in fast.code
     assert not [d for d in fast.report.to_dict()["declined"] if "differs" in d["reason"]]
     results = []
     for run in (model, fast):
+        torch.manual_seed(0)
         given = x.clone().requires_grad_()
-        results.append((run(given), torch.autograd.grad(run(given).sin().sum(), given)))
+        made = run(given)
+        results.append((made, torch.autograd.grad(made.sin().sum(), given), torch.rand(1)))
     assert_close(results[1], results[0])
 
 
@@ -473,46 +502,6 @@ def integrated(m: Any, x: Tensor) -> Tensor:
         h = h + dt / 6 * (first + 2 * second + 2 * third + fourth)
         outputs.append(h)
     return torch.stack(outputs, 1)
-
-
-def noisy(m: Any, x: Tensor) -> Tensor:
-    h, outputs = x[:, 0], []
-    for t in range(x.shape[1]):
-        h = torch.tanh(m.a(x[:, t]) + 0.9 * h) + 0.1 * torch.randn_like(h)
-        outputs.append(h)
-    return torch.stack(outputs, 1)
-
-
-def dropped(m: Any, x: Tensor) -> Tensor:
-    h, outputs = x[:, 0], []
-    for t in range(x.shape[1]):
-        h = torch.nn.functional.dropout(torch.tanh(m.a(x[:, t]) + m.b(h)), 0.3)
-        outputs.append(h)
-    return torch.stack(outputs, 1)
-
-
-def kept_at_random(m: Any, x: Tensor) -> Tensor:
-    h, outputs = x[:, 0], []
-    for t in range(x.shape[1]):
-        keep = torch.bernoulli(h.detach(), 0.6)
-        h = keep * h + (1 - keep) * torch.tanh(x[:, t])
-        outputs.append(h)
-    return torch.stack(outputs, 1)
-
-
-@pytest.mark.parametrize("forward", [noisy, dropped, kept_at_random])
-def test_random_numbers_are_drawn_before_in_their_order(forward: Forward) -> None:
-    model, x = Model(forward), torch.randn(3, STEPS, 4)
-    fast = looplift.apply_passes(model, (x,), measure=False)
-    assert "fused_scan" in fast.code
-    assert not [d for d in fast.report.to_dict()["declined"] if "differs" in d["reason"]]
-    results = []
-    for run in (model, fast):
-        torch.manual_seed(0)
-        given = x.clone().requires_grad_()
-        made = run(given)
-        results.append((made, torch.autograd.grad(made.sin().sum(), given), torch.rand(1)))
-    assert_close(results[1], results[0])
 
 
 def smoothed_backwards(m: Any, x: Tensor) -> Tensor:
