@@ -24,7 +24,7 @@ from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import Lie, kernel_for, plan, step_sizes
 from .pointwise import Unsupported
-from .step import step_function
+from .step import Counts, Sizes, step_function
 from .walk import backward, keep, result_sizes
 
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
@@ -48,18 +48,26 @@ def build_kernel(
         raise Unsupported(f"its values are on the device {device.type!r}")
     counts = held, read, _ = len(carries), len(slices), len(invariants)
     sizes = step_sizes(carries, slices, invariants)
-    back = backward_of(step, sizes, counts, (True,) * len(sizes))
-    inner = held + len(back.sums), len(back.slices), len(back.invariants)
     if device.type in GPUS:
-        builder, is_built = "Triton", all(triton_run.is_built(*of, dtype, device) for of in (
-            (step, sizes, counts), (back.step, back.sizes, inner)))
+        builder, is_built = "Triton", triton_run.is_built(step, sizes, counts, dtype, device) \
+            and triton_run.is_built(*_differentiated(step, sizes, counts), dtype, device)
     else:
         strides = [t.stride()[held <= k < held + read :] for k, t in enumerate(given)]
         chosen = kernel_for(step, tuple(map(Lie, sizes, strides)), counts)
-        kernel_for(back.step, tuple(Lie(size, contiguous(size)) for size in back.sizes), inner)
+        back, inner, backward_counts = _differentiated(step, sizes, counts)
+        kernel_for(back, tuple(Lie(size, contiguous(size)) for size in inner), backward_counts)
         builder, is_built = "C++ compiler", compiled(chosen.source) is not None
     if not is_built:
         raise Unsupported(f"there is no {builder} that builds the kernel")
+
+
+def _differentiated(
+    step: str, sizes: tuple[Sizes, ...], counts: Counts
+) -> tuple[str, tuple[Sizes, ...], Counts]:
+    """The step of a walk back that gives all gradients, the sizes of its arguments, how many."""
+    back = backward_of(step, sizes, counts, (True,) * len(sizes))
+    held = counts[0] + len(back.sums)
+    return back.step, back.sizes, (held, len(back.slices), len(back.invariants))
 
 
 def fused_scan(
