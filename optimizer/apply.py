@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,16 @@ from torch.fx import GraphModule, Node
 
 from .builder import Builder, output_node, placeholders, storage
 from .equal import merge_equal
-from .facts import SUPERSEDED, aten, is_kernel, is_tensor, is_view, source_line, value
+from .facts import (
+    SUPERSEDED,
+    aten,
+    is_kernel,
+    is_op,
+    is_tensor,
+    is_view,
+    source_line,
+    value,
+)
 from .normal_form import propagate, remove_dead, simplify, sink_reads
 from .packing import step_sizes
 from .rewrite import Rewrite
@@ -141,16 +150,25 @@ def restore(
     end, leaves = output_node(graph_module), results(graph_module)
     propagate(graph_module, mode, exact=True)
     originals = results(captured)
+    cut = [is_tensor(leaf) and _is_detached(leaf) for leaf in originals]
+    leaves = [_attached(leaf) if apart else leaf for leaf, apart in zip(leaves, cut, strict=True)]
     inputs = dict(zip(placeholders(captured), placeholders(graph_module), strict=True))
     owners = {storage(value(n)): -1 - i for i, n in enumerate(placeholders(graph_module))
               if is_tensor(n)}
     build = Builder(graph_module, end, mode, {"rewritten_by": "contract"})
     for position, was in enumerate(before):
+        if was.owner is not None and was.owner >= 0 and (cut[position] or cut[was.owner]) \
+                and is_view(leaves[was.owner]):
+            # AOTAutograd takes what is detached for a view of the whole that such an output is of
+            leaves[was.owner] = build.call(aten.clone.default, leaves[was.owner])
+    for position, was in enumerate(before):
         if was.strides is None:
             continue
         now = _seen(leaves[position], position, dict(owners))
         if was.owner is not None and was.owner < 0 and now != was:
-            leaves[position] = _viewed_again(build, originals[position], inputs)
+            leaves[position] = _viewed(build, originals[position], inputs)
+            if leaves[position] is None:
+                raise ContractError("an output is no view of its input any more")
         elif now != was and not _can_be_restored(leaves, before, was, now):
             root = position if was.owner is None else was.owner
             group = [k for k, seen in enumerate(before)
@@ -158,10 +176,28 @@ def restore(
             for k, leaf in zip(group, _in_one_storage(build, leaves, before, group), strict=True):
                 leaves[k] = leaf
         elif now != was:
-            leaves[position] = _restored(build, leaves, before, position, now)
+            shown = None if was.owner is None else _viewed(
+                build, originals[position], {_attached(originals[was.owner]): leaves[was.owner]})
+            if shown is None and was.owner is not None and (cut[position] or cut[was.owner]):
+                raise ContractError("two outputs share memory, one without its gradient")
+            leaves[position] = _restored(build, leaves, before, position, now) \
+                if shown is None else shown
         owners.setdefault(storage(value(leaves[position])), position)
-    end.args = (leaves,)
+    end.args = ([build.call(aten.detach.default, leaf) if apart and not _is_detached(leaf) else leaf
+                 for leaf, apart in zip(leaves, cut, strict=True)],)
     graph_module.recompile()
+
+
+def _is_detached(leaf: Node) -> bool:
+    """Whether a result shows what it shows without its gradient."""
+    while is_view(leaf) and not is_op(leaf, aten.detach.default):
+        leaf = cast(Node, leaf.args[0])
+    return is_op(leaf, aten.detach.default)
+
+
+def _attached(leaf: Node) -> Node:
+    """A detached result with its gradient, for others to be views of."""
+    return cast(Node, leaf.args[0]) if is_op(leaf, aten.detach.default) else leaf
 
 
 def outputs_apart(graph_module: GraphModule, mode: FakeTensorMode) -> None:
@@ -189,14 +225,14 @@ def _root(node: Node) -> Node:
     return node
 
 
-def _viewed_again(build: Builder, original: Node, inputs: dict[Node, Node]) -> Node:
-    """The view of an input that `original` is in the captured graph."""
-    if original in inputs:
-        return inputs[original]
+def _viewed(build: Builder, original: Node, known: Mapping[Node, Node]) -> Node | None:
+    """The view of a `known` node that `original` is in the captured graph, if it is one."""
+    if original in known:
+        return known[original]
     if not is_view(original):
-        raise ContractError("an output is no view of its input any more")
-    source = _viewed_again(build, cast(Node, original.args[0]), inputs)
-    return build.call(original.target, source, *original.args[1:], **original.kwargs)
+        return None
+    source = _viewed(build, cast(Node, original.args[0]), known)
+    return source and build.call(original.target, source, *original.args[1:], **original.kwargs)
 
 
 def _restored(

@@ -182,6 +182,31 @@ def test_equal_to_eager(kind: type[Recurrent], training: bool, door: str) -> Non
     assert_close(seen(model, fast, training), seen(naive, naive, training), rtol=1e-5, atol=1e-5)
 
 
+class Detaching(Recurrent):
+    """A state, and views of it without its gradient."""
+
+    def forward(self, x: Tensor) -> Any:
+        h, outputs = x.new_zeros(x.shape[0], 5), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(x[:, t]) + h * self.decay)
+            outputs.append(h)
+        return h.detach(), torch.stack(outputs, 1), h, h[:, 1:3].detach()
+
+
+@pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
+def test_what_is_detached_stays_detached(inner_backend: str) -> None:
+    model, x = Detaching(), torch.randn(2, 20, 3)
+    fast = torch.compile(model, backend="looplift", options={"inner_backend": inner_backend})
+    made = []
+    for run in (model, fast):
+        found = run(x)
+        model.zero_grad()
+        sum(o.sin().sum() for o in found if o.requires_grad).backward()
+        made.append((found, [p.grad.clone() for p in model.parameters() if p.grad is not None],
+                     [o.requires_grad for o in found]))
+    assert_close(made[1], made[0], rtol=1e-4, atol=1e-5)
+
+
 @DOORS
 def test_dynamic_batches_and_changing_lengths(door: str) -> None:
     model = Recurrent()
