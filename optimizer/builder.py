@@ -216,7 +216,9 @@ def _lies(tensor: FakeTensor) -> tuple[Any, ...]:
 
 
 def storage(tensor: Tensor) -> int:
-    """Which memory a strided tensor lies in."""
+    """Which memory a strided tensor lies in; one that `torch.func` wraps too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -36,7 +36,7 @@ from .report import (
 from .rewritten import Rewritten, share
 from .select import Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
-from .state import generators_kept, graphs_cut_off
+from .state import graphs_cut_off, unseen
 
 MOST_SIGNATURES = 8
 MOST_STATES = 32  # of the model, at calls of one kind, in which its program is the same
@@ -159,8 +159,7 @@ class OptimizedModule(nn.Module):
             for mode in modes:
                 self._keep(leaves, structure, mode, self.original)
             refuse_modules(self.original)
-            with torch.inference_mode(False), generators_kept(), torch.enable_grad(), \
-                    graphs_cut_off(self.original):
+            with unseen(), torch.enable_grad(), graphs_cut_off(self.original):
                 own = list(copied(tuple(leaves)))
                 told = self._optimize_lengths(own, spec, structure, modes, frees, done)
                 if not self._covered(leaves, structure, modes):
@@ -271,7 +270,7 @@ class OptimizedModule(nn.Module):
                 short = found.resized(leaves, found.traced[0])  # where strides tell
                 make = self.any_length.get(self._signature(short, structure, leaves))
                 if make is not None:
-                    with torch.inference_mode(False), generators_kept(), torch.enable_grad():
+                    with unseen(), torch.enable_grad():
                         self.specialized[key] = self._shown(make(leaves), leaves)
                     return self.specialized[key]
         return None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .builder import storage
 from .refused import has_global_hooks
 from .state import assigned_by, model_state
 
@@ -73,7 +74,7 @@ def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
     ])
     shared: tuple[int, ...] = ()
     if len(leaves) > 1:
-        storages = [leaf.untyped_storage()._cdata for leaf in leaves
+        storages = [storage(leaf) for leaf in leaves
                     if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
         shared = tuple(map(storages.index, storages))
     autocast = tuple([
@@ -123,17 +124,20 @@ class Glimpse:
 
     While each is still in its place, no module, tensor or setting has been exchanged; while
     each tensor has its size and its elements lie where they lay, none has another dtype or
-    device.
+    device. What forward assigns is another tensor after each call, of the same kind.
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.tables: list[Any] = []
         self.places: list[tuple[Any, Any]] = []
         self.sets: list[tuple[set[Any], set[Any]]] = []
+        self.assigned: list[tuple[Any, Any]] = []
         self.places += [(vars(kind), name) for kind, name in _class_settings(members)]
         for module in members:
             own = {n: x for n, x in vars(module).items() if n not in BOOKKEEPING}
-            self.places += [(vars(module), name) for name in own]
+            assigned = {n for n in assigned_by(module) if isinstance(own.get(n), Tensor)}
+            self.assigned += [(vars(module), name) for name in assigned]
+            self.places += [(vars(module), name) for name in own if name not in assigned]
             tables = [t for name, x in own.items() for t in (
                 [x] if name in READ and isinstance(x, dict) else _tables(x))]
             if any(isinstance(t, Slots) for t in tables):
@@ -145,6 +149,7 @@ class Glimpse:
             self.sets += [(t, set(t)) for t in tables if isinstance(t, set)]
         self.lengths = list(map(len, self.tables))
         self.hooks = has_global_hooks()
+        self.kinds = self._kinds()
         self.held = self._read()
         self.tensors = [h for h in self.held if isinstance(h, Tensor)]
         self.arrays = [(h.tobytes, h.tobytes()) for h in self.held if _is_array(h)]
@@ -155,11 +160,16 @@ class Glimpse:
     def _read(self) -> list[Any]:
         return list(starmap(operator.getitem, self.places))
 
+    def _kinds(self) -> list[Any]:
+        tensors: list[Any] = [table[name] for table, name in self.assigned]
+        return [(type(x), x.shape, x.dtype, x.device, x.requires_grad) for x in tensors]
+
     def still_true(self) -> bool:
         try:
             return (
                 list(map(len, self.tables)) == self.lengths
                 and all(map(operator.is_, self._read(), self.held))
+                and self._kinds() == self.kinds
                 and list(map(Tensor.size, self.tensors)) == self.sizes
                 and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
                 and list(map(REQUIRES_GRAD, self.tensors)) == self.wanted
@@ -167,7 +177,7 @@ class Glimpse:
                 and all(read() == was for read, was in self.arrays)
                 and has_global_hooks() == self.hooks
             )
-        except (KeyError, IndexError):
+        except (AttributeError, KeyError, IndexError):  # AttributeError: no tensor any more
             return False
 
 

@@ -308,14 +308,24 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Put back the states of the random generators of PyTorch, Python and NumPy."""
+def unseen() -> Iterator[None]:
+    """Runs of a model that its caller does not notice: the random generators of PyTorch, Python
+    and NumPy are put back. Nor do they follow the caller's inference mode, anomaly mode and hooks
+    on saved tensors (`torch.utils.checkpoint` counts what is saved)."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), numpy and numpy.random.get_state()
+    autograd: Any = torch._C._autograd
+    hooks = []
+    while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.inference_mode(False), \
+                torch.autograd.set_detect_anomaly(False):
             yield
     finally:
+        for pair in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(*pair)
         random.setstate(before[0])
         if numpy is not None:
             numpy.random.set_state(before[1])

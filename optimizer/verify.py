@@ -20,7 +20,7 @@ from .behaviour import Observation, difference, forgiving, observe
 from .cases import FIRST, Case, Leaves, as_they_are, cases, copied, flat, odd_values
 from .double import WIDER, Width, computing, doubled
 from .magnitude import SMALL, epsilon, kind, relative, same_bits, scales, sizes
-from .state import State, fresh_state, generators_kept, model_state, swapped, underlying
+from .state import State, fresh_state, model_state, swapped, underlying, unseen
 from .verdict import Differs, Equal
 
 SAME_FUNCTION = 1e-9  # largest relative difference in float64
@@ -56,7 +56,7 @@ def verify(
         allowed = tolerance
     comparison = _Comparison(a, b, *flat(args, kwargs), allowed, seed, approximate)
     modes = ("inference", "training") if mode == "both" else (mode,)
-    with generators_kept(), torch.inference_mode(False):
+    with unseen():
         return comparison.run(modes, seconds)
 
 
@@ -72,7 +72,7 @@ def verify_once(
     """
     allowed = APPROXIMATE if approximate else SAME_FUNCTION
     comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate)
-    with generators_kept(), torch.inference_mode(False):
+    with unseen():
         return comparison.once(mode == "training", widths, {} if seen is None else seen)
 
 

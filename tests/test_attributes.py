@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from looplift import apply_passes, verify
-from looplift.optimizer import module
+from looplift.optimizer import module, signature
 from looplift.optimizer.capture import capture
 from looplift.optimizer.program import program
 from looplift.optimizer.rewritten import Rewritten
@@ -315,6 +315,27 @@ class Cached(nn.Module):
         if "steps" not in tables:
             tables["steps"] = torch.arange(float(WIDTH))
         return (x * self.scales[0]).cumsum(1) + tables["steps"] * self.scale
+
+
+def test_an_assigned_tensor_is_no_reason_to_look_at_the_whole_model_again() -> None:
+    class Remembering(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros_like(x[:, 0])
+            for t in range(x.shape[1]):
+                h = torch.tanh(h + x[:, t])
+            self.last = h.detach()
+            return h
+
+    model, x = Remembering(), torch.randn(2, 20, 3)
+    fast = apply_passes(model, (x,), measure=False)
+    for _ in range(3):
+        fast(x)
+    with mock.patch.object(signature.Watched, "_key") as looked:
+        assert_close(fast(x), model.last)
+        assert not looked.called
+    assert not model.last.requires_grad
+    model.last = torch.zeros(7)
+    assert_close(fast(x.cos()), Remembering()(x.cos()))
 
 
 def test_a_tensor_in_two_places_stays_one() -> None:

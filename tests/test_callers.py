@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -88,6 +89,40 @@ def test_used_as_the_model_is(use: str, pair: tuple[nn.Module, OptimizedModule])
     before = len(fast.report.signatures)
     assert_close(USES[use](fast), USES[use](model), rtol=1e-4, atol=1e-5)
     assert len(fast.report.signatures) == before or use == "gradients per sample"
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = torch.tanh(h * y[:, t] + x[:, t])
+        return h
+
+
+@pytest.mark.parametrize("use", [
+    lambda m, x, y: torch.func.vmap(m)(torch.stack([x, y]), torch.stack([y, y])),
+    lambda m, x, y: torch.func.jvp(m, (x, y), (y, x)),
+    lambda m, x, y: torch.func.grad(lambda x: m(x, y).sum())(x),
+    lambda m, x, y: torch.func.jacrev(lambda x: m(x, y).sum(0))(x),
+])
+def test_transforms_of_two_arguments(use: Callable[..., Any]) -> None:
+    fast = apply_passes(model := Two(), (x := given().detach(), y := x.cos()), measure=False)
+    assert "fused_scan" in fast.code
+    assert_close(use(fast, x, y), use(model, x, y), rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_call_in_a_checkpoint_and_with_hooks() -> None:
+    fast = apply_passes(model := Two(), measure=False)
+    assert_close(gradient(lambda x: checkpoint(fast, x, x.cos(), use_reentrant=False)),
+                 gradient(lambda x: model(x, x.cos())), rtol=1e-4, atol=1e-5)
+    saved = mock.Mock(side_effect=lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda tensor: tensor, lambda tensor: tensor), hooks(saved, lambda tensor: tensor):
+        first = apply_passes(model, measure=False)
+        first(x := given(), x.cos())
+        optimized = saved.call_count
+        first(x, x.cos())
+    assert 0 < optimized == saved.call_count - optimized
 
 
 def test_forward_mode(pair: tuple[nn.Module, OptimizedModule]) -> None:
