@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .batching_rules import RULES, pointwise
-from .facts import argument, aten, is_op, is_random, is_scan, shape, value
+from .facts import apart, argument, aten, is_op, is_random, is_scan, shape, value
 from .lane import Lane, Lanes, Outcome, Rule
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _vmapped(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any
     try:
         with b.build.mode, torch.no_grad():
             batched = torch.vmap(one_step, in_dims=in_dims, out_dims=0)
-            traced = make_fx(torch.func.functionalize(batched))(*[value(n) for n in nodes])
+            traced = make_fx(torch.func.functionalize(batched))(*apart(nodes))
     finally:
         functorch._set_vmap_fallback_enabled(fallback)
     return _inlined(b, traced.graph, nodes)

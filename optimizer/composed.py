@@ -133,16 +133,16 @@ def _pad_with_itself(
     for axis, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), start=1):
         size = x.shape[-axis]
         if mode == "replicate":
-            ends = [[x.narrow(-axis, at, 1)] * count for at, count in ((0, before),
-                                                                       (size - 1, after))]
+            ends = [torch.cat([x.narrow(-axis, at, 1)] * count, -axis) if count else None
+                    for at, count in ((0, before), (size - 1, after))]
         elif mode == "reflect":
-            ends = [[_flip(x.narrow(-axis, at, count), [-axis])]
+            ends = [_flip(x.narrow(-axis, at, count), [-axis])
                     for at, count in ((1, before), (size - 1 - after, after))]
         else:
-            ends = [[x.narrow(-axis, size - before, before)], [x.narrow(-axis, 0, after)]]
-        if any(end is NotImplemented for end in (*ends[0], *ends[1])):
+            ends = [x.narrow(-axis, size - before, before), x.narrow(-axis, 0, after)]
+        if any(end is NotImplemented for end in ends):
             return NotImplemented
-        x = torch.cat([*ends[0], x, *ends[1]], -axis)
+        x = torch.cat([end for end in (ends[0], x, ends[1]) if end is not None], -axis)
     return x
 
 

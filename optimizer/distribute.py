@@ -91,11 +91,12 @@ def split(scan: Node) -> Split:
     }
     random = [n for n in body.graph.nodes if is_random(n)]
     reorders = len(random) > 1
-    before = reached_by(body.graph, [*carries, *random])
-    if reorders and not any(before[source] for n in random for source in n.all_input_nodes):
-        on_cycle |= dict.fromkeys(random, len(cycles))
-        cycles.append(frozenset())
-        reorders = False
+    if reorders:
+        before = reached_by(body.graph, [*carries, *random])
+        reorders = any(before[source] for n in random for source in n.all_input_nodes)
+        if not reorders:
+            on_cycle |= dict.fromkeys(random, len(cycles))
+            cycles.append(frozenset())
     for node in body.graph.nodes:  # an item stays with the operation whose result it is part of
         if is_op(node, operator.getitem) and node.args[0] in on_cycle:
             on_cycle[node] = on_cycle[node.args[0]]

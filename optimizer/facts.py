@@ -65,6 +65,12 @@ def value(node: Node) -> Tensor:
     return cast(Tensor, node.meta["val"])
 
 
+def apart(nodes: Sequence[Node]) -> list[Tensor]:
+    """A fake tensor of its own for each node: `make_fx` knows its arguments by identity, and
+    carries that start as one tensor share one."""
+    return [value(node).detach() for node in nodes]
+
+
 def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
 

@@ -127,7 +127,8 @@ def _run(
     given, first = (*carries, *slices, *invariants), carries[0]
     if any(t.shape[0] != slices[0].shape[0] for t in slices):
         raise ValueError(f"slices hold {[t.shape[0] for t in slices]} steps, not equally many")
-    if any((t.device, t.dtype) != (first.device, first.dtype) for t in given):
+    if any((t.device, t.dtype) != (first.device, first.dtype) for t in given
+           if not (is_number(t) and first.dtype in HALVES)):
         return plain(step, carries, slices, invariants, axes, reverse)
     if first.dtype in HALVES:
         carries, slices, invariants = ([t.float() for t in ts]
@@ -137,6 +138,11 @@ def _run(
     return _by_kernel(step, carries, slices, invariants, axes, reverse, spent) \
         or _at_once(step, carries, slices, invariants, axes, reverse) \
         or plain(step, carries, slices, invariants, axes, reverse)
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Whether it is one number, which operations on half precision take as it is."""
+    return not tensor.dim() and tensor.dtype is torch.float32
 
 
 def _by_kernel(

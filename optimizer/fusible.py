@@ -35,10 +35,11 @@ SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 @dataclass(frozen=True)
 class Fusible:
     """What a scan's steps read, their source, and numbers that are their last invariants; None
-    for the distance from one to the next number of their dtype."""
+    for the distance from one to the next number of their `dtype`."""
 
     given: Sunk
     step: str
+    dtype: torch.dtype
     numbers: tuple[float | None, ...]
 
 
@@ -69,7 +70,7 @@ def call(build: Builder, found: Fusible) -> list[Node]:
     results = cast(tuple[Node, ...], output_node(given.body).args[0])
     slices, invariants = given.read(build)
     carries, slices, invariants = (
-        [part for node in nodes for part in _real(build, node, starts[0])]
+        [part for node in nodes for part in _real(build, node, found.dtype)]
         for nodes in (starts, slices, invariants))
     invariants += [_number(build, number, carries[0]) for number in found.numbers]
     stacked = {int(cast(int, r.args[1])): stacked_as(r)[1] for r in given.scan.users}
@@ -81,24 +82,25 @@ def call(build: Builder, found: Fusible) -> list[Node]:
             for k, result in enumerate(results)]
 
 
-def _real(build: Builder, node: Node, like: Node) -> list[Node]:
+def _real(build: Builder, node: Node, dtype: torch.dtype) -> list[Node]:
     """A value as a step takes it: the two parts of a complex one, a mask as numbers."""
     if is_complex(node):
         both = build.call(aten.view_as_real.default, build.call(aten.resolve_conj.default, node))
         return [build.call(aten.select.int, both, -1, k) for k in (0, 1)]
-    wanted = value(like).dtype.to_real()
-    return [node if value(node).dtype == wanted else build.call(aten.to.dtype, node, wanted)]
+    return [node if value(node).dtype == dtype else build.call(aten.to.dtype, node, dtype)]
 
 
 def _number(build: Builder, number: float | None, like: Node) -> Node:
-    def full(number: float) -> Node:
-        return build.call(aten.full.default, [], number, dtype=value(like).dtype,
-                          device=value(like).device)
+    """A number as PyTorch's operations take it, in single precision for halves; or the eps."""
+    dtype = value(like).dtype
+
+    def full(number: float, dtype: torch.dtype) -> Node:
+        return build.call(aten.full.default, [], number, dtype=dtype, device=value(like).device)
 
     if number is not None:
-        return full(number)
-    after = build.call(aten.nextafter.default, full(1), full(2))
-    return build.call(aten.sub.Tensor, after, full(1))
+        return full(number, torch.float32 if dtype in HALVES else dtype)
+    after = build.call(aten.nextafter.default, full(1, dtype), full(2, dtype))
+    return build.call(aten.sub.Tensor, after, full(1, dtype))
 
 
 def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
@@ -126,24 +128,27 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     heads, held = placeholders(pairs), len(carries)
     results = cast(tuple[Node, ...], output_node(pairs).args[0])
     tensors = [n for n in pairs.graph.nodes if is_tensor(n) and n.users]
+    dtype = next((t.dtype for t in (*carries, *slices, *invariants) if t.is_floating_point()),
+                 torch.float32)
+    carries = [c.to(dtype) if c.dtype is torch.bool else c for c in carries]
     states, read = {*heads[:held], *results[:held]}, set(heads[held:])
     kinds = {(value(n).device, value(n).dtype) for n in tensors
-             if not _is_number(n, carries[0].dtype) and not (n in read and _promoted(n)) and (
-                 value(n).dtype not in NUMBERED or n in states
-                 or (n in heads and value(n).dtype is torch.int64))}
-    if any(value(n).dtype is torch.int64 for n in results) and carries[0].dtype in HALVES:
+             if not _is_number(n, dtype) and not (n in read and _promoted(n)) and (
+                 value(n).dtype not in NUMBERED
+                 or (value(n).dtype is torch.int64 and (n in heads or n in states)))}
+    if any(value(n).dtype is torch.int64 for n in results) and dtype in HALVES:
         raise Unsupported("its results are integers, and its values of half precision")
-    if len(kinds) != 1 or not carries[0].dtype.is_floating_point:
+    if len({*kinds, (carries[0].device, dtype)}) > 1:
         told = ", ".join(sorted(str(dtype).removeprefix("torch.") for _, dtype in kinds))
         raise Unsupported(f"its values are not all of one floating dtype on one device ({told})")
-    body, numbers = with_arguments(in_numbers(pairs, held))
+    body, numbers = with_arguments(in_numbers(pairs))
     step, needs = sourced(body, "step")
     if needs:
         raise Unsupported("it reads a constant tensor")
-    step = placed(step, placeholders(body)[0].name, carries[0].dtype)
+    step = placed(step, placeholders(body)[0].name, dtype)
     scalars = [carries[0].new_empty(()) for _ in numbers]
     runs(step, carries, slices, [*invariants, *scalars])
-    return Fusible(given, step, numbers)
+    return Fusible(given, step, dtype, numbers)
 
 
 def _is_number(head: Node, dtype: torch.dtype) -> bool:
@@ -162,7 +167,7 @@ def _promoted(head: Node) -> bool:
         and value(user).dtype.is_floating_point for user in head.users)
 
 
-def in_numbers(body: GraphModule, held: int) -> GraphModule:
+def in_numbers(body: GraphModule) -> GraphModule:
     """The body with numbers in place of the masks, as 0 and 1, among its arguments and outputs,
     and of its integer outputs."""
     made = duplicate(body)
@@ -177,8 +182,8 @@ def in_numbers(body: GraphModule, held: int) -> GraphModule:
     results = list(cast(tuple[Node, ...], end.args[0]))
     were = cast(tuple[Node, ...], output_node(body).args[0])
     with made.graph.inserting_before(end):
-        for k in range(held, len(results)):
-            if value(were[k]).dtype in NUMBERED:
+        for k, was in enumerate(were):
+            if value(was).dtype in NUMBERED:
                 results[k] = made.graph.call_function(aten.type_as.default, (results[k], first))
     end.args = (tuple(results),)
     return made

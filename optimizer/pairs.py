@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .builder import output_node, placeholders
-from .facts import aten, is_tensor, value
+from .facts import apart, aten, is_tensor, value
 from .pointwise import SAME, Unsupported
 
 
@@ -48,7 +48,7 @@ def in_pairs(body: GraphModule) -> GraphModule:
     results = cast(tuple[Node, ...], output_node(body).args[0])
     if not any(map(is_complex, body.graph.nodes)):
         return body
-    parts = [parted(value(h)) for h in heads]
+    parts = [parted(given) for given in apart(heads)]
 
     def real(*given: Tensor) -> list[Tensor]:
         rest = iter(given)

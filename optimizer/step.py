@@ -131,6 +131,9 @@ def functional_graph(
         reason = str(error).partition("\n")[0]
         raise Unsupported(f"the loop's step can't be traced ({reason})") from error
     reshaped(made)
+    if any(map(_writes, made.graph.nodes)):  # as what PyTorch composes of others does
+        made = make_fx(torch.func.functionalize(made))(*halves(sizes))
+        reshaped(made)
     return made
 
 
@@ -139,21 +142,14 @@ def halves(sizes: Sequence[Sizes]) -> list[Tensor]:
     return [torch.full(size, 0.5, dtype=torch.float32, device="cpu") for size in sizes]
 
 
-def _writes_to_its_own(node: Node) -> bool:
-    """Whether an operation writes to a result that nobody else reads."""
-    target, given = node.target, node.args[0] if node.args else None
-    return isinstance(target, OpOverload) and target._schema.name.endswith("_") \
-        and isinstance(given, Node) and len(given.users) == 1 and given.op == "call_function" \
-        and not any(r.alias_info for r in cast(OpOverload, given.target)._schema.returns)
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def reshaped(graph_module: GraphModule) -> None:
     """Let views be copies, whatever strides arguments have; without what nobody uses."""
     for node in graph_module.graph.nodes:
         node.target = RENAMED.get(node.target, node.target)
-        if _writes_to_its_own(node):  # as what PyTorch composes does
-            name = node.target._schema.name.removeprefix("aten::").removesuffix("_")
-            node.target = getattr(getattr(aten, name), node.target._overloadname)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .builder import output_node, placeholders
-from .facts import SCAN, aten, body_of, is_op, is_scan, trips, value
+from .facts import SCAN, apart, aten, body_of, is_op, is_scan, trips, value
 from .fold import WITH_TENSOR
 from .fused import plain
 from .loop import plain_loop
@@ -29,13 +29,14 @@ def unrolled(body: GraphModule) -> GraphModule:
     loops = inner_trips(body)
     if not loops:
         return body
-    if max(loops) > LONGEST or _operations(body) > LARGEST:
+    if max(loops) > LONGEST:
         raise Unsupported(f"a step of it is a loop of {max(loops)} steps")
+    if (count := _operations(body)) > LARGEST:
+        raise Unsupported(f"a step of it is {count} operations, its loops written out")
     heads = placeholders(body)
-    values = [value(head) for head in heads]
-    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    mode = next(v.fake_mode for v in map(value, heads) if isinstance(v, FakeTensor))
     with mode, torch.no_grad():
-        made = make_fx(_WritingOut(body).run, {aten.unbind.int: _unbound})(*values)
+        made = make_fx(_WritingOut(body).run, {aten.unbind.int: _unbound})(*apart(heads))
     _put_numbers(made)
     made.graph.eliminate_dead_code()
     for head, was in zip(placeholders(made), heads, strict=True):

@@ -94,7 +94,7 @@ class Writer(ABC):
             if node.meta["val"].dtype not in (torch.float32, torch.bool) \
                     and not (exact and is_integer(node)):  # floating numbers hold them exactly
                 raise Unsupported(f"the loop computes {node.meta['val'].dtype} numbers")
-            if not sources and target not in SCATTERS and target is not aten.cat.default:
+            if not sources and target not in {*SCATTERS, *VIEWS, aten.cat.default}:
                 number = expression(node, self.constants.__getitem__, self.language)
                 self.constants[node] = f"({number})"
                 return

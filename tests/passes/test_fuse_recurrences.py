@@ -9,6 +9,7 @@ from unittest import mock
 import looplift
 import pytest
 import torch
+from looplift.optimizer import unroll
 from looplift.passes import ORDER
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -76,6 +77,15 @@ def running_greatest(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, -1)
 
 
+def scaled(m: Any, x: Tensor) -> Tensor:
+    """A number of every step, which bfloat16 would round to 0.98828125."""
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = 0.99 * h + x[:, t].abs() + m.decay
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 def gates(m: Any, x: Tensor) -> Tensor:
     """A product of the state in every step."""
     h, outputs = torch.zeros_like(x[:, 0]), []
@@ -96,6 +106,42 @@ def recurrent_cells(m: Any, x: Tensor) -> Tensor:
         h = torch.rnn_tanh_cell(h, c, m.a.weight, m.b.weight, m.decay, m.a.bias)
         h = h + torch.rnn_relu_cell(x[:, t], h, m.a.weight, m.b.weight)
     return h
+
+
+def modules_of_one_step(m: Any, x: Tensor) -> Tensor:
+    """PyTorch's recurrent modules, called at each step; of two layers, or without biases."""
+    h = c = x.new_zeros(1, x.shape[0], 4)
+    both, outputs = torch.cat([h, c]), []
+    weight, bias = torch.cat([m.a.weight] * 4), torch.cat([m.decay] * 4)
+    three = [weight[:12], m.b.weight.repeat(3, 1), bias[:12], bias[4:]]
+    for t in range(x.shape[1]):
+        y, h, c = torch.lstm(x[:, t : t + 1], (h, c), [weight, weight, bias, bias], True, 1, 0.0,
+                             True, False, True)
+        y, both = torch.gru(y.mT.mT, both, [*three, *three], True, 2, 0.0, True, False, True)
+        y, c = torch.rnn_tanh(y.transpose(0, 1), c, [m.a.weight, m.b.weight], False, 1, 0.1, True,
+                              False, False)
+        outputs.append(y[0] + h[0])
+    return torch.stack(outputs, 1)
+
+
+def ring(m: Any, x: Tensor) -> Tensor:
+    """A buffer that steps read and write in turns."""
+    held, outputs = x.new_zeros(x.shape[0], 5, x.shape[2]), []
+    for t in range(x.shape[1]):
+        outputs.append(x[:, t] + m.decay * held[:, t % 5])
+        held = held.clone()
+        held[:, t % 5] = outputs[-1] + held[:, (t + 1) % 5].tanh()
+    return torch.stack(outputs, 1)
+
+
+def with_ones(m: Any, x: Tensor) -> Tensor:
+    """What a step stacks with a constant."""
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        rows = torch.stack([torch.cos(h), torch.ones_like(h), torch.zeros_like(h)], -1)
+        h = torch.tanh(rows.sum(-1) * m.decay + x[:, t])
+        outputs.append(rows)
+    return torch.stack(outputs, 1)
 
 
 def normed(m: Any, x: Tensor) -> Tensor:
@@ -161,7 +207,7 @@ def turned_in_rounds(m: Any, x: Tensor) -> Tensor:
 
 FORWARDS = [heated, gated, last_of_two, spiking, backwards, running_greatest, gates,
             recurrent_cells, normed, delta_rule, rotating, mixed_by_a_complex_matrix,
-            turned_in_rounds]
+            turned_in_rounds, modules_of_one_step, ring, with_ones]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
@@ -184,7 +230,8 @@ def test_fires_with_the_same_values_and_gradients(forward: Forward) -> None:
 
 
 @pytest.mark.parametrize(("forward", "dtype"), [
-    (gated, torch.bfloat16), (delta_rule, torch.bfloat16), (spiking, torch.float16)])
+    (scaled, torch.bfloat16), (gated, torch.bfloat16), (delta_rule, torch.bfloat16),
+    (spiking, torch.float16)])
 def test_half_precision_is_computed_in_single(forward: Forward, dtype: torch.dtype) -> None:
     """No further from the truth than the model: it rounds every result, a kernel each output."""
     model, x = Model(forward).to(dtype), torch.randn(3, STEPS, 4).to(dtype)
@@ -298,6 +345,56 @@ def test_skips(forward: Forward, reason: str) -> None:
 def test_short_loops_are_not_worth_a_kernel() -> None:
     told = reasons(Model(gated), torch.randn(3, 8, 4))
     assert told == ["8 steps: a kernel is built for 16 and more"]
+
+
+def layers_from_one_start(m: Any, x: Tensor) -> Tensor:
+    """Layers, a loop in a step, whose states are one tensor at first."""
+    states, outputs = [torch.zeros_like(x[:, 0])] * 5, []
+    for t in range(x.shape[1]):
+        f, new = x[:, t], list(states)
+        for k in range(4, 0, -1):
+            f = f - m.decay * states[k - 1]
+            new[k] = states[k - 1] + 0.5 * f
+        states = [f, *new[1:]]
+        outputs.append(f)
+    return torch.stack(outputs, 1)
+
+
+def test_layers_whose_states_begin_as_one_tensor() -> None:
+    model, x = Model(layers_from_one_start), torch.randn(3, STEPS, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, verify=False)
+    assert "fused_scan" in fast.code
+    assert_close(fast(x), model(x))
+
+
+def until_done(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flags that steps carry, first of all: which lanes go on, and which ever were large."""
+    done = large = torch.zeros_like(x[:, 0], dtype=torch.bool)
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        outputs.append(done)
+        new = m.decay * h + torch.tanh(x[:, t])
+        h, large = torch.where(done, h, new), large.logical_or(new.abs() > 1)
+        done = (done | (h > 1.2)) & ~(new < -1)
+    return h, torch.stack(outputs, 1), large
+
+
+def grown(m: Any, x: Tensor) -> Tensor:
+    """Masks alone: what a cell and its neighbours were."""
+    alive, outputs = x[:, 0] > 0, []
+    for t in range(x.shape[1]):
+        alive = (alive & ~alive.roll(1, -1)) | (x[:, t] > 1)
+        outputs.append(alive)
+    return torch.where(torch.stack(outputs, 1), x * m.decay, x)
+
+
+@pytest.mark.parametrize("forward", [until_done, grown])
+def test_masks_that_steps_carry(forward: Forward) -> None:
+    model, x = Model(forward), torch.randn(3, STEPS, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False)
+    assert "fused_scan" in fast.code
+    assert not [d for d in fast.report.to_dict()["declined"] if "differs" in d["reason"]]
+    assert_close(fast(x), model(x))
 
 
 def viterbi(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -558,6 +655,16 @@ def test_long_loops_in_a_step_are_not_written_out() -> None:
     assert "a step of it is a loop of 33 steps" in {
         d["reason"] for d in fast.report.to_dict()["declined"]}
     assert fast.code.count("fused_scan(") == 1
+
+
+def test_loops_of_many_operations_in_a_step_are_not_written_out(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unroll, "LARGEST", 5)
+    told = [d["reason"] for d in looplift.apply_passes(
+        Model(solved), (torch.randn(3, 20, 4),), measure=False, mode="inference",
+    ).report.to_dict()["declined"]]
+    assert any(reason.endswith("operations, its loops written out") for reason in told), told
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
