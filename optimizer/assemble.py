@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .builder import Builder
-from .facts import aten, is_tensor, shape, value
-from .fold import WITH_TENSOR, Loop, Write, filled
+from .builder import Builder, fake_result
+from .facts import WRITES, aten, is_op, is_tensor, shape, value
+from .fold import WITH_TENSOR, Loop, Write, filled, position
 from .interleave import write_windows
 from .reads import lanes
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
@@ -129,6 +130,8 @@ class _Assembly:
             fill = self.loop.sources[place][number]
             if isinstance(fill, Varying):
                 return self._filled(node, fill)
+        if (placed := position(self.loop, place)) is not None:
+            return self._placed(place, node, *placed)
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
         if (drawn := self._drawn(node, args, kwargs)) is not None:
@@ -140,6 +143,36 @@ class _Assembly:
         made.meta = dict(node.meta.items())
         return made
 
+    def _placed(self, place: int, node: Node, axis: int, numbers: tuple[int, ...]) -> Node:
+        """One element of an axis, read or written at a place of each step's own: `torch.where`
+        with a mask of that place."""
+        base, *others = (self._argument(node, s) for s in self.loop.sources[place][:2]
+                         if not isinstance(s, Constant))
+        sizes = shape(base)
+        key = ("places", axis, sizes, numbers)
+        if key not in self.known:
+            call, device = self.build.call, value(node).device
+            table = self.build.table(numbers, device, torch.int64)
+            along = call(aten.arange.default, sizes[axis], dtype=torch.int64, device=device)
+            mask = call(aten.eq.Tensor, along, call(aten.unsqueeze.default, table, 1))
+            mask = self.build.reshape(mask, [len(numbers), -1, *[1] * (len(sizes) - axis - 1)])
+            self._head("slice", mask, value(mask)[0], key)
+        put = partial(self._put, node)
+        if is_op(node, *WRITES):
+            written = others[0] if is_op(node, aten.slice_scatter.default) \
+                else put(aten.unsqueeze.default, others[0], axis)
+            return put(aten.where.self, self.known[key], written, base)
+        nothing = put(aten.full.default, [], 0, dtype=value(node).dtype, device=value(node).device)
+        return put(aten.sum.dim_IntList, put(aten.where.self, self.known[key], base, nothing),
+                   [axis], is_op(node, aten.slice.Tensor))
+
+    def _put(self, node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """An operation of the body, in place of `node`."""
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta = dict(node.meta)
+        made.meta["val"] = fake_result(made, self.build.mode)
+        return made
+
     def _drawn(self, node: Node, args: Any, kwargs: Any) -> Node | None:
         """A random operation by the size of its argument alone, where only that counts: off the
         carries' cycle, its numbers can be drawn in a loop of their own, in the same order."""
@@ -147,13 +180,8 @@ class _Assembly:
         if not isinstance(like, Node) or node.target not in DRAWN or made.device.type != "cpu" \
                 or not (made.is_contiguous() and value(like).is_contiguous()):
             return None
+        put = partial(self._put, node)
         options = {"dtype": made.dtype, "device": made.device}
-
-        def put(target: Any, *args: Any, **kwargs: Any) -> Node:
-            found = self.graph.call_function(target, args, kwargs)
-            found.meta = {**node.meta, "val": made}
-            return found
-
         if node.target in LIKE:
             return put(LIKE[node.target], list(made.shape), **options) \
                 if kwargs.get("memory_format") is None else None
@@ -172,11 +200,8 @@ class _Assembly:
         """A tensor filled with a number of each step's own."""
         kind = torch.float64 if value(node).dtype.is_floating_point else torch.int64
         one = self._numbers(node, numbers.items, kind)
-        made = self.graph.call_function(aten.to.dtype, (one, value(node).dtype))
-        made.meta = {**node.meta, "val": value(one).to(value(node).dtype)}
-        spread = self.graph.call_function(aten.expand.default, (made, list(shape(node))))
-        spread.meta = {**node.meta, "val": value(made).expand(shape(node))}
-        return spread
+        one = self._put(node, aten.to.dtype, one, value(node).dtype)
+        return self._put(node, aten.expand.default, one, list(shape(node)))
 
     def _argument(self, node: Node, source: Source) -> Any:
         match source:

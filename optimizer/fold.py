@@ -67,6 +67,7 @@ class Loop:
                 found.add(place)
         return found
 
+
 def fold(operations: Sequence[Node], period: int) -> Loop:
     """The loop that `operations` are, `period` to a trip; raises `Misfit` if they are none."""
     stretch = Stretch(operations, period)
@@ -237,9 +238,26 @@ def _write(loop: Loop, place: int, start: Node) -> Write | None:
     return Write(place, start, source, axis.held, begins, width)
 
 
+def position(loop: Loop, place: int) -> tuple[int, tuple[int, ...]] | None:
+    """The axis, and for each trip the place on it, of one element that is read or written there:
+    of a value of the loop itself, as of a ring or of a table that is filled and read."""
+    node, where = loop.stretch.operations[place], loop.sources[place]
+    if not is_op(node, *READS, *WRITES) or value(node).sum().dtype != value(node).dtype:
+        return None
+    axis, *where = where[2 if is_op(node, *WRITES) else 1 :]
+    if not isinstance(axis, Constant) or not any(isinstance(w, Varying) for w in where):
+        return None
+    begins = _numbers(where[0], loop.trips)
+    ends = _numbers(where[1], loop.trips) if len(where) > 1 else [b + 1 for b in begins]
+    return None if any(e - b != 1 for b, e in zip(begins, ends, strict=True)) \
+        else (axis.held, begins)
+
+
 def _check_arguments(loop: Loop, place: int) -> None:
-    node = loop.stretch.operations[place]
+    node, positioned = loop.stretch.operations[place], position(loop, place) is not None
     for slot, source in enumerate(loop.sources[place]):
+        if isinstance(source, Varying) and positioned and not isinstance(source.items[0], Node):
+            continue
         if isinstance(source, Varying):
             _check_varying(loop.stretch.column(place), source, slot, place in loop.late)
         elif isinstance(source, Carried):

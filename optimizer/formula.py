@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, combinations_with_replacement
-from math import isclose, isfinite, prod
+from math import gcd, isclose, isfinite, prod
 from typing import Any
 
 import sympy
@@ -112,6 +112,8 @@ class Samples:
         '2*T - 1'
         >>> Samples(["T"], [(10,), (13,), (21,)]).formula([7, 7, 7])
         7
+        >>> str(Samples(["T"], [(10,), (13,), (21,)]).formula([2, 5, 5]))
+        'T % 8'
         >>> Samples(["T"], [(10,), (13,), (21,)]).formula([4, 8, 32]) is None
         True
         """
@@ -194,9 +196,12 @@ def shown(number: Any, was: Any) -> Any:
 def _interpolated(
     numbers: tuple[int, ...], names: tuple[str, ...], lengths: tuple[Lengths, ...]
 ) -> Formula | None:
-    """The polynomial of fewest terms through `numbers`, if it needs not all of them."""
+    """The polynomial of fewest terms through `numbers`, if it needs not all of them; or their
+    remainder, where no line goes through them."""
     symbols = [sympy.Symbol(name) for name in names]
     for powers in _powers(len(names)):
+        if len(powers) > 2 and len(names) == 1 and (found := _remainder(numbers, names, lengths)):
+            return found
         if len(powers) >= len(numbers):
             return None
         rows = sympy.Matrix([[prod(at[k] for k in power) for power in powers] for at in lengths])
@@ -207,6 +212,19 @@ def _interpolated(
                      for c, power in zip(found, powers, strict=True)]
             return Formula(sympy.Add(*terms), names)
     return None
+
+
+def _remainder(
+    numbers: tuple[int, ...], names: tuple[str, ...], lengths: tuple[Lengths, ...]
+) -> Formula | None:
+    """A place in a ring: the length, or a few less or more, modulo the least size that fits."""
+    apart = [at - number for (at,), number in zip(lengths, numbers, strict=True)]
+    multiple = gcd(*(a - apart[0] for a in apart))
+    size = next((n for n in sympy.divisors(multiple) if n > max(numbers)), None)
+    if size is None or min(numbers) < 0:
+        return None
+    before = (apart[0] + size // 2) % size - size // 2
+    return Formula(sympy.Mod(sympy.Symbol(names[0]) - before, size), names)
 
 
 def _powers(count: int) -> Iterator[list[tuple[int, ...]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isclose, log
+from math import gcd, isclose, log
 from typing import Any, cast
 
 import torch
@@ -77,6 +77,12 @@ def _clamped(row: list[int]) -> tuple[int, int, int, int]:
     return row[middle] - step * middle, step, min(row), max(row)
 
 
+def _wrapped(row: list[int]) -> tuple[int, int, int] | None:
+    step = row[1] - row[0]
+    size = gcd(*(row[0] + step * i - n for i, n in enumerate(row)))
+    return (row[0], step, size) if size else None
+
+
 def _multiples(row: list[float]) -> tuple[float, float] | None:
     step = (row[-1] - row[0]) / (len(row) - 1)
     return (row[0] / step, step) if step else None
@@ -93,6 +99,8 @@ INTEGERS = (
     Rule("{i} * {1} + {0}", lambda i, start, step: start + step * i, _progression),
     Rule("({i} * {1} + {0}).clamp({2}, {3})",
          lambda i, start, step, low, high: min(max(start + step * i, low), high), _clamped),
+    Rule("({i} * {1} + {0}) % {2}", lambda i, start, step, size: (start + step * i) % size,
+         _wrapped),
 )
 FLOATS = (
     Rule("({i} + {0}) * {1}", lambda i, start, step: step * (start + i), _multiples),
@@ -111,11 +119,19 @@ class General:
     def at(
         self, lengths: Lengths, inputs: Sequence[Any], mode: FakeTensorMode
     ) -> GraphModule:
-        """The graph at `lengths`; `inputs` are the fakes that its placeholders stand for."""
+        """The graph at `lengths`; `inputs` are the fakes that its placeholders stand for.
+
+        `NotOneProgram` where its numbers make no program there: the rule they follow is another.
+        """
         made = duplicate(self.sample)
-        self._fill(made, (), lambda number, _: at(number, lengths),
-                   lambda _, rule: rule.at(lengths))
-        _propagate(made, inputs, mode)
+        try:
+            self._fill(made, (), lambda number, _: at(number, lengths),
+                       lambda _, rule: rule.at(lengths))
+            _propagate(made, inputs, mode)
+        except (IndexError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise NotOneProgram(f"at length {'×'.join(map(str, lengths))}: what short ones tell is "
+                                f"no program ({reason})") from error
         return made
 
     def symbolic(self, lengths: dict[str, tuple[int, int]]) -> GraphModule:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch.fx import Node
 
-from .facts import WRITES, aten, is_op
+from .facts import WRITES, aten, is_op, value
 
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 
@@ -34,17 +34,29 @@ def written(node: Node, writes: Mapping[Node, Written]) -> Written:
 
 
 def behind_other_writes(node: Node, writes: Mapping[Node, Written]) -> Node | None:
-    """Let a read skip the writes elsewhere; what was written if it reads all of one write."""
+    """Let a read skip the writes elsewhere, and read a part of what one wrote; what was written
+    if it reads all of it."""
     axis, begin, end = _place(node)
     source = cast(Node, node.args[0])
     for _ in range(LONGEST_WALK):
         if source not in writes or (at := _place(source))[0] != axis:
             break
         if at[1] < end and begin < at[2]:
+            made = cast(Node, source.args[1])
             same = is_op(node, aten.select.int) == is_op(source, aten.select_scatter.default)
             if same and node.args[1:] == source.args[2:]:
-                return cast(Node, source.args[1])
-            break
+                return made
+            inside = at[1] <= begin and end <= at[2]
+            if inside and is_op(source, aten.slice_scatter.default) and source.args[5] == 1:
+                where = [begin - at[1], end - at[1]][: len(node.args) - 2]
+                node.args = (made, axis, *where, *node.args[4:])
+            elif inside and is_op(node, aten.slice.Tensor):
+                node.target, node.args = aten.unsqueeze.default, (made, axis)
+            else:
+                break
+            target: Any = node.target
+            node.meta["val"] = target(value(made), *node.args[1:])
+            return None
         all_before = writes[source]
         apart = all_before.end <= begin or end <= all_before.begin
         source = all_before.before if apart else cast(Node, source.args[0])

@@ -103,6 +103,14 @@ def test_numbers_on_no_line_have_no_formula_until_a_fourth_shows_a_square() -> N
     assert Samples(["T"], [(10,), (11,), (13,), (14,)]).formula([45, 55, 78, 92]) is None
 
 
+def test_places_in_a_ring() -> None:
+    found = formula(Samples(["T"], [(10,), (11,), (13,), (14,)]), [0, 1, 3, 4])
+    assert found.at((100,)) == 90
+    found = formula(Samples(["T"], [(10,), (11,), (13,), (19,)]), [6, 0, 2, 1])
+    assert [found.at((n,)) for n in (5, 12, 20, 101)] == [(n + 3) % 7 for n in (5, 12, 20, 101)]
+    assert str(found) == "(T + 3) % 7"
+
+
 def test_a_formula_says_where_it_gives_no_integer() -> None:
     half = formula(Samples(["T"], [(10,), (12,), (16,)]), [5, 6, 8])
     assert half.at((100,)) == 50
@@ -199,6 +207,16 @@ def with_own_positions(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, t] + m.places[t]) for t in range(x.shape[1])], 1)
 
 
+def echoes(m: Any, x: Tensor) -> Tensor:
+    """A ring of eight, which steps read and write in turns."""
+    held, outputs = torch.stack([torch.zeros_like(x[:, 0])] * 8, 1), []
+    for t in range(x.shape[1]):
+        outputs.append(torch.tanh(x[:, t] + 0.9 * held[:, t % 8]))
+        held = held.clone()
+        held[:, t % 8] = outputs[-1]
+    return torch.stack(outputs, 1)
+
+
 @pytest.mark.parametrize(("run", "others", "first"), [
     (recurrent, (1, 2, 7, 64, 501), "T from 1,"),
     (backwards_in_place, (2, 7, 64, 501), "T from"),
@@ -209,6 +227,7 @@ def with_own_positions(m: Any, x: Tensor) -> Tensor:
     (windows, (12, 64, 502), "in steps of 2"),
     (all_pairs, (1, 2, 64, 101), "T from 1,"),
     (with_own_positions, (1, 2, 64, 501), "T from 1,"),
+    (echoes, (13, 64, 502), "T from"),
 ])
 def test_one_program_serves_all_lengths(run: Run, others: tuple[int, ...], first: str) -> None:
     model = Model(run)
@@ -325,7 +344,17 @@ def by_number_of_steps(m: Any, x: Tensor) -> Tensor:
     return torch.stack([weight(x[:, t]) for t in range(x.shape[1])], 1)
 
 
+def in_a_long_ring(m: Any, x: Tensor) -> Tensor:
+    """In short inputs, no place of the ring is used twice."""
+    held = x.new_zeros(x.shape[0], 99, x.shape[2])
+    for t in range(x.shape[1]):
+        held = held.clone()
+        held[:, t % 99] = torch.tanh(x[:, t] + 0.9 * held[:, t % 99])
+    return held[:, t % 99]
+
+
 @pytest.mark.parametrize(("run", "reason"), [
+    (in_a_long_ring, "what short ones tell is no program (select"),
     (triangular, "it does other operations at other lengths"),
     (irregular, "a table of numbers at test_lengths.py"),
     (erratic, "the number of operations follows no simple rule in the length"),

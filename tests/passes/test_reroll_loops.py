@@ -153,13 +153,31 @@ def rows_of_columns(m: Any, x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def ring(m: Any, x: Tensor) -> Tensor:
+    """A buffer of three that is read and written in turns."""
+    held, outputs = torch.zeros(x.shape[0], 3, x.shape[2]), []
+    for t in range(x.shape[1]):
+        held[:, t % 3] = torch.tanh(m.decay * held[:, t % 3] + x[:, t])
+        outputs.append(held.sum(1) + held[:, (t + 1) % 3 : (t + 1) % 3 + 1].squeeze(1))
+    return torch.stack(outputs, 1)
+
+
+def filled_in(m: Any, x: Tensor) -> Tensor:
+    """Each place of a sequence from all places so far, one after the other."""
+    out = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        out = out.clone()
+        out[:, t : t + 1] = torch.tanh(out.sum(1, True) + x[:, t : t + 1])
+    return out
+
+
 LOOPS: dict[str, tuple[Forward, int]] = {  # the loop, and its trips on 7 steps
     "recurrence": (recurrence, 7), "reversed": (reversed_reads, 6), "shifted": (shifted_reads, 6),
     "windows": (windows, 3), "iteration": (iteration, 7), "writes": (writes_every_step, 7),
     "writes some": (writes_some, 7), "gaps": (writes_with_gaps, 7), "adds": (adds_into_slices, 7),
     "two back": (two_steps_back, 4), "peeled": (first_step_peeled, 6), "schedule": (schedule, 6),
     "tables": (tables, 7), "alternating": (alternating, 3), "grid": (rows_and_columns, 6),
-    "nested": (rows_of_columns, 7),
+    "nested": (rows_of_columns, 7), "ring": (ring, 5), "filled in": (filled_in, 7),
 }
 
 
@@ -333,6 +351,27 @@ def test_a_buffer_read_where_earlier_steps_wrote_is_a_carry(equal: Any) -> None:
     fast = equal(Model(forward), (torch.randn(3, 6, 4),))
     assert "for carry" not in fast.code
     assert "for slice_0 in" in fast.code
+
+
+@pytest.mark.parametrize("narrow", [
+    lambda out, t: out[:, t : t + 1].squeeze(1), lambda out, t: out[:, t]])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_a_step_wrote_and_reads_in_another_way_is_no_carry(
+    narrow: Callable[[Tensor, int], Tensor], wide: bool, equal: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out, h = torch.zeros(x.shape[0], x.shape[1] + 1, x.shape[2]), x[:, 0]
+        for t in range(1, x.shape[1] + 1):
+            if wide:
+                out[:, t : t + 1] = (0.5 * h + x[:, t - 1]).unsqueeze(1)
+            else:
+                out[:, t] = 0.5 * h + x[:, t - 1]
+            h = torch.tanh(narrow(out, t))
+        return out
+
+    fast = equal(Model(forward), (torch.randn(3, 8, 4),))
+    assert "reroll-loops" in [r["pass_name"] for r in fast.report.to_dict()["rewrites"]]
+    assert "where(" not in fast.code
 
 
 def test_fifty_thousand_operations_take_seconds() -> None:
