@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .affine import progression
-from .facts import READS, WRITES, aten, is_op, is_region_marker, is_tensor, value
+from .facts import READS, WRITES, aten, is_inexact, is_op, is_region_marker, is_tensor, value
 from .reads import Link
 from .stretch import Carried, Constant, Invariant, Local, Misfit, Source, Stretch, Varying
 
@@ -241,11 +241,12 @@ def _write(loop: Loop, place: int, start: Node) -> Write | None:
 def position(loop: Loop, place: int) -> tuple[int, tuple[int, ...]] | None:
     """The axis, and for each trip the place on it, of one element that is read or written there:
     of a value of the loop itself, as of a ring or of a table that is filled and read."""
-    node, where = loop.stretch.operations[place], loop.sources[place]
-    if not is_op(node, *READS, *WRITES) or value(node).sum().dtype != value(node).dtype:
+    node = loop.stretch.operations[place]
+    if not is_op(node, *READS, *WRITES):
         return None
-    axis, *where = where[2 if is_op(node, *WRITES) else 1 :]
-    if not isinstance(axis, Constant) or not any(isinstance(w, Varying) for w in where):
+    axis, *where = loop.sources[place][2 if is_op(node, *WRITES) else 1 :]
+    if not isinstance(axis, Constant) or not any(isinstance(w, Varying) for w in where) \
+            or not (is_inexact(node) or value(node).dtype is torch.int64):  # others add up to int64
         return None
     begins = _numbers(where[0], loop.trips)
     ends = _numbers(where[1], loop.trips) if len(where) > 1 else [b + 1 for b in begins]
@@ -256,9 +257,9 @@ def position(loop: Loop, place: int) -> tuple[int, tuple[int, ...]] | None:
 def _check_arguments(loop: Loop, place: int) -> None:
     node, positioned = loop.stretch.operations[place], position(loop, place) is not None
     for slot, source in enumerate(loop.sources[place]):
-        if isinstance(source, Varying) and positioned and not isinstance(source.items[0], Node):
-            continue
         if isinstance(source, Varying):
+            if positioned and not isinstance(source.items[0], Node):
+                continue
             _check_varying(loop.stretch.column(place), source, slot, place in loop.late)
         elif isinstance(source, Carried):
             if source.place in loop.writes:

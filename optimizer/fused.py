@@ -128,7 +128,7 @@ def _run(
     if any(t.shape[0] != slices[0].shape[0] for t in slices):
         raise ValueError(f"slices hold {[t.shape[0] for t in slices]} steps, not equally many")
     if any((t.device, t.dtype) != (first.device, first.dtype) for t in given
-           if not (is_number(t) and first.dtype in HALVES)):
+           if not (_is_number(t) and first.dtype in HALVES)):
         return plain(step, carries, slices, invariants, axes, reverse)
     if first.dtype in HALVES:
         carries, slices, invariants = ([t.float() for t in ts]
@@ -140,7 +140,7 @@ def _run(
         or plain(step, carries, slices, invariants, axes, reverse)
 
 
-def is_number(tensor: Tensor) -> bool:
+def _is_number(tensor: Tensor) -> bool:
     """Whether it is one number, which operations on half precision take as it is."""
     return not tensor.dim() and tensor.dtype is torch.float32
 
