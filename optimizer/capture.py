@@ -27,10 +27,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
 
-from .apply import Seen, visible
 from .builder import storage
 from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
+from .contract import Seen, visible
 from .facts import TORCH
 from .functions import Function, NoOperator, called
 from .normal_form import UnsupportedRegion, normalize

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .apply import Seen
 from .capture import Capture, capture
+from .contract import Seen
 from .formula import Formula, Lengths, Samples, Text, agree, at
 from .general import General, NoFormula, NotOneProgram, general
 from .lengths import Free, layout, operations, resized

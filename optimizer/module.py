@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .apply import ContractError
 from .capture import Capture, capture
 from .cases import copied
+from .contract import ContractError
 from .every_length import ComparedLengths, Make, optimize_family
 from .family import Family, family
 from .general import NotOneProgram

@@ -8,9 +8,10 @@ from typing import cast
 
 from torch.fx import GraphModule
 
-from .apply import apply, outputs_apart, restore, tidy
+from .apply import apply, tidy
 from .builder import duplicate
 from .capture import Capture
+from .contract import outputs_apart, restore
 from .equal import merge_equal
 from .facts import WASTED, Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .apply import results
 from .builder import placeholders
 from .capture import Capture
+from .contract import results
 from .facts import aten, is_pure, is_region_marker
 from .fold import FILLS
 

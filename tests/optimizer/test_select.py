@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import looplift
 import pytest
 import torch
-from looplift.optimizer import apply, select
+from looplift.optimizer import apply, contract, select
 from looplift.optimizer.builder import Builder
 from looplift.optimizer.capture import capture
 from looplift.optimizer.facts import Facts, aten, is_op, source_line
@@ -103,7 +103,7 @@ def test_what_fails_leaves_the_graph_as_it_was(make: Callable[[Builder, Node], N
     before = list(graph_module.graph.nodes)
     [rewrite] = Change(make).propose(Facts(graph_module))
     assert isinstance(rewrite, Rewrite)
-    with pytest.raises((RuntimeError, apply.ContractError)):
+    with pytest.raises((RuntimeError, contract.ContractError)):
         apply._carry_out(graph_module, rewrite, captured.fake_mode)
     assert list(graph_module.graph.nodes) == before
 
