@@ -32,6 +32,7 @@ from .cases import copied, flat, flat_outputs
 from .constants import ConstantAnswers, as_lists
 from .contract import Seen, visible
 from .facts import TORCH
+from .fakes import FakeTensors
 from .functions import Function, NoOperator, called
 from .normal_form import UnsupportedRegion, normalize
 from .refused import CaptureError, refuse_constants, refuse_layouts, refuse_modules
@@ -100,7 +101,7 @@ def capture(
         if any(isinstance(t, Tensor) and t.is_meta for t in tensors):
             raise CaptureError("tensors on the meta device have no values to verify with")
         _run_once(model, args, dict(kwargs or {}))
-    mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode or FakeTensors()
     state = model_state(model)
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
     places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))

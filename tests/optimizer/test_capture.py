@@ -781,6 +781,31 @@ def test_torchs_own_recurrent_layers_are_captured(kind: Callable[[int, int], nn.
     assert optimized(kind(3, 4), X, mode="inference").report.signatures[0].failure is None
 
 
+class Experts(nn.Module):
+    """A loop, then an expert for each third of its rows: (B, T, 8) to (B · T, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.experts = nn.Linear(8, 8), nn.Parameter(torch.randn(3, 8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = x[:, 0] * 0, []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(x[:, t]) + h)
+            outputs.append(h)
+        rows = torch.stack(outputs, 1).reshape(-1, 8)
+        ends = torch.tensor([rows.shape[0] // 3, rows.shape[0] // 2, rows.shape[0]]).int()
+        return functional.grouped_mm(rows, self.experts, offs=ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_of_experts_in_float32_too(dtype: torch.dtype) -> None:
+    fast = rewritten(Experts().to(dtype), torch.randn(2, 24, 8, dtype=dtype))
+    for mode in fast.report.signatures[0].modes:
+        assert isinstance(mode.verdict, Equal)
+        assert "reroll-loops" in {rewrite.pass_name for rewrite in mode.rewrites}
+
+
 def test_new_submodules_are_picked_up() -> None:
     model = Recurrent()
     fast = rewritten(model, X)
