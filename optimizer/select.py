@@ -325,7 +325,7 @@ class _Selecting:
         )
         gain = comparison.gain("looplift")
         if gain < 1 + max(min(comparison.noise, BUSY), GAIN):
-            reason = f"no gain: {gain:.2f}x naive in the whole model"
+            reason = f"no gain: {gain:.2f}x naive in the whole model, all rewrites together"
             self._decline(outcome.groups, reason)
             outcome = Outcome(outcome.graph_module)
         return outcome, verdict, comparison

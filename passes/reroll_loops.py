@@ -97,7 +97,8 @@ class RerollLoops:
                 if worth_telling(run, repeat.period):
                     reason = f"a loop of {repeat.trips} trips: {found.reason}"
                     told.update(source_line(n) for n in run)
-                    yield Skip(self.name, reason, source_line(found.node) or first_line(run))
+                    where = source_line(found.node) or first_line(run, repeat.period)
+                    yield Skip(self.name, reason, where)
                 continue
             for loop in found:
                 inside = loop.stretch.operations
@@ -107,7 +108,7 @@ class RerollLoops:
                 taken.append(span)
                 folded.update(inside)
                 needed |= inputs
-                yield self._rewrite(loop, first_line(inside))
+                yield self._rewrite(loop, first_line(inside, loop.stretch.period))
         if taken:
             return  # what else there is may read what these loops replace
         collected = list(self._collections(facts))
@@ -271,9 +272,12 @@ def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]
     return runs
 
 
-def first_line(run: Sequence[Node]) -> Line | None:
-    """The first line of the user's file in a loop's body."""
-    return min((ln for n in run if (ln := source_line(n)) is not None), default=None)
+def first_line(run: Sequence[Node], period: int) -> Line | None:
+    """The first line of the user's file in a loop's body: in a trip in the middle, since what the
+    first and the last read may be read before the loop too."""
+    middle = len(run) // period // 2 * period
+    trip = run[middle : middle + period]
+    return min((ln for n in trip if (ln := source_line(n)) is not None), default=None)
 
 
 def difference(nodes: Sequence[Node]) -> str:

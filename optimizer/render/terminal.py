@@ -99,8 +99,11 @@ def _declined(mode: ModeReport) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column()
+    above = None
     for row in mode.declined:
-        table.add_row(row.pass_name, row.where, row.reason)
+        reason = Text("as above", "dim") if row.reason == above else row.reason
+        table.add_row(row.pass_name, row.where, reason)
+        above = row.reason
     return table
 
 

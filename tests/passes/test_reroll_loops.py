@@ -336,6 +336,18 @@ def test_what_a_region_computes_is_not_merged_with_the_same_outside(equal: Any) 
     assert equal(model, (x,))(x).dtype == torch.float32
 
 
+def test_a_loop_is_told_where_it_is_not_where_its_start_reads_what_it_reads(run: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, outputs = x[:, 0] * 2, []
+        for t in range(x.shape[1]):
+            h = m.decay * h + m.a(x[:, t])
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+    folded, _ = run(Model(forward), (torch.randn(2, 6, 4),), (RerollLoops(),)).applied
+    assert folded.line.text == "h = m.decay * h + m.a(x[:, t])"
+
+
 def test_a_start_of_another_shape_is_a_peeled_first_trip(equal: Any) -> None:
     fast = equal(Model(growing_start), (torch.randn(3, 6, 4),))
     assert "5 ×" in fast.report.to_dict()["rewrites"][0]["summary"]
