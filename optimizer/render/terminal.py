@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ..measure import Comparison
+from ..measure import BUSY, Comparison
 from ..report import ModeReport, Report, SignatureReport
 from ..verdict import Equal
 
@@ -71,8 +71,8 @@ def headline(mode: ModeReport) -> Text:
         return Text("the original runs: nothing was worth rewriting", "yellow")
     text = Text()
     if mode.comparison is not None:
-        text.append(f"{mode.comparison['looplift'].ratio:.2f}x as fast as naive", "bold green")
-        text.append(", ")
+        text.append(f"{mode.comparison.gain('looplift'):.2f}x as fast as naive", "bold green")
+        text.append(" in the fastest rounds, " if mode.comparison.noise > BUSY else ", ")
     before, after = mode.nodes
     text.append(f"{before} → {after} nodes; {mode.verdict}; in {mode.seconds:.1f} s")
     return text

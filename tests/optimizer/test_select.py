@@ -14,6 +14,9 @@ from looplift.optimizer.builder import Builder
 from looplift.optimizer.capture import capture
 from looplift.optimizer.facts import Facts, aten, is_op, source_line
 from looplift.optimizer.measure import Comparison, Timing
+from looplift.optimizer.render.html import as_html
+from looplift.optimizer.render.terminal import as_text, headline
+from looplift.optimizer.report import ModeReport, Report, RewriteRow, SignatureReport
 from looplift.optimizer.rewrite import Rewrite, Skip
 from looplift.optimizer.signature import Watched
 from looplift.passes import ORDER
@@ -198,5 +201,22 @@ def test_what_needs_too_much_memory_is_dropped(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_busy_machine_is_judged_by_its_best_rounds() -> None:
     timing = Timing("looplift", 1.0, 0.7, 0.5, 2.0, 1.9)
-    assert Comparison("inference", (timing,), 0.3, 5, 2).gain("looplift") == 1.9
-    assert Comparison("inference", (timing,), 0.01, 5, 2).gain("looplift") == 0.7
+    busy, quiet = (Comparison("inference", (timing,), noise, 5, 2) for noise in (0.3, 0.01))
+    assert (busy.gain("looplift"), quiet.gain("looplift")) == (1.9, 0.7)
+    assert headline(mode_report(busy)).plain.startswith(
+        "1.90x as fast as naive in the fastest rounds, ")
+    assert headline(mode_report(quiet)).plain.startswith("0.70x as fast as naive, ")
+
+
+def test_a_reason_that_several_rewrites_share_is_told_once() -> None:
+    declined = tuple(select.Declined(name, "a.py:1", reason)
+                     for name, reason in (("one", "no gain"), ("two", "no gain"), ("three", "no")))
+    report = Report("Loop", {}, [SignatureReport((), False, 0.0, None, (ModeReport(
+        "inference", (), declined, select.NOTHING, None, (1, 1), 0.0),))])
+    for shown in (as_text(report), as_html(report)):
+        assert (shown.count("no gain"), shown.count("as above")) == (1, 1)
+
+
+def mode_report(comparison: Comparison) -> ModeReport:
+    kept = RewriteRow("one", "a.py:1", "", "", 1, "", None)
+    return ModeReport("inference", (kept,), (), select.NOTHING, comparison, (1, 1), 0.0)
