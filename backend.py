@@ -70,6 +70,9 @@ def _rewritten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Grap
             log.debug("looplift leaves a graph that writes to its inputs, holds tensors, or has "
                       "sizes that depend on data, which its rewrites cannot be checked for")
             return graph_module
+        if captured.lost is not None and torch.is_grad_enabled():
+            log.debug("looplift leaves a graph: %s", captured.lost)
+            return graph_module
         if symbolic and captured.constants:
             log.debug("looplift leaves a graph that returns a symbolic size")
             return graph_module

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.utils import _pytree as pytree
@@ -49,6 +49,7 @@ from .state import (
     note_assigned,
     swapped,
 )
+from .untracked import Functional
 
 OWN = str(__file__).rsplit("/", 1)[0]
 TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
@@ -79,6 +80,7 @@ class Capture:
     fake_mode: FakeTensorMode
     size: int  # operations that were traced
     asks_for_gradients: bool = False  # whether forward read a `requires_grad`
+    lost: CaptureError | None = None  # a gradient that only the model has
     rolled: bool = False  # whether the loops in the graph are folded already
     begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
 
@@ -114,6 +116,8 @@ def capture(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
     ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
         FunctionalTensor, "tolist", as_lists
+    ), mock.patch.object(
+        torch._C._autograd, "_get_data_attr", Tensor.detach  # what Dynamo makes of `.data`
     ):
         try:
             with mode, enable_python_dispatcher():
@@ -136,7 +140,7 @@ def capture(
         raise CaptureError("forward draws random numbers from Python or NumPy, which would be "
                            "constants of a graph; draw them with torch")
     _refuse_writes(trace)
-    seen = tuple(visible(graph_module))
+    seen, lost = tuple(visible(graph_module)), _lost(trace, graph_module)
     try:
         normalize(graph_module, [s.name for s in state], mode)
     except UnsupportedRegion as error:
@@ -146,8 +150,19 @@ def capture(
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.assigned,
         trace.written, trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
-        trace.asks_for_gradients,
+        trace.asks_for_gradients, lost,
     )
+
+
+def _lost(trace: _Trace, graph_module: GraphModule) -> CaptureError | None:
+    """The gradient that a graph has not, since it holds no writes that autograd does not see."""
+    needs = [*(s.get().requires_grad for s in trace.state),
+             *(isinstance(t, Tensor) and t.is_floating_point() for t in trace.inputs)]
+    frames = trace.mode.first(graph_module.graph, needs)
+    return None if frames is None else CaptureError(
+        "forward writes to a tensor that has a gradient, under no_grad or through `.data` or "
+        "`detach()`; it keeps that gradient in PyTorch, and would lose it in a graph",
+        user_frames(frames))
 
 
 def _numpy_state() -> Any:
@@ -177,13 +192,13 @@ class _Trace:
         self.same_as: dict[int, int] = {}
         self.constants: dict[int, Any] = {}
         self.asks_for_gradients = False
+        self.mode = Functional()
 
     def functional(self, *fakes: Tensor) -> list[Any]:
-        mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
         above = torch._C._ExcludeDispatchKeyGuard(
             torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         )
-        with above, mode:
+        with above, self.mode:
             wrapped = [_to_functional(t) for t in fakes]
             leaves = self._call(wrapped)
             after = [_from_functional(w) for w in wrapped]

@@ -19,17 +19,21 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .facts import LARGEST_CONSTANT, aten, is_pure
+from .refused import CaptureError
+from .untracked import node_of
 
 UNANSWERABLE = (
     DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 )
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"]
+SETS_GRADIENTS = (Tensor.requires_grad_, REQUIRES_GRAD.__set__)
+DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -53,6 +57,11 @@ class ConstantAnswers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
+        if func in SETS_GRADIENTS:
+            raise CaptureError("forward changes what has a gradient (`requires_grad_`), which a "
+                               "graph would not hold")
+        if func == DATA:
+            func = Tensor.detach  # the tracer takes `.data` for the tensor itself
         try:
             return func(*args, **kwargs)
         except UNANSWERABLE as error:
@@ -75,12 +84,9 @@ class ConstantAnswers(TorchFunctionMode):
         found = {}
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, FunctionalTensor):
-                torch._sync(leaf)  # type: ignore[attr-defined, no-untyped-call]
-                plain = torch._from_functional_tensor(leaf.elem)
-                proxy = get_proxy_slot(plain, mode.tracer, None)
-                if proxy is None:
+                if (node := node_of(leaf)) is None:
                     raise Unknown
-                found[place] = proxy.proxy.node
+                found[place] = node
             elif isinstance(leaf, Tensor):
                 raise Unknown
         return found

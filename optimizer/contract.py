@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -31,13 +31,15 @@ class Seen:
     """Of one output: how it lies in memory, and whose memory it is.
 
     `owner` is the first output, or the input (numbered -1, -2, …), that has the same storage;
-    None for an output of its own, or one that is no strided tensor.
+    None for an output of its own, or one that is no strided tensor. `same` is the one that it is
+    itself, not only a view of.
     """
 
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] | None = None
     offset: int = 0
     owner: int | None = None
+    same: int | None = None
 
     @property
     def of_input(self) -> bool:
@@ -56,8 +58,20 @@ class Seen:
 
 def visible(graph_module: GraphModule) -> list[Seen]:
     """What a caller can see of the outputs' memory."""
-    owners = _inputs(graph_module)
-    return [_seen(leaf, position, owners) for position, leaf in enumerate(results(graph_module))]
+    owners, firsts = _inputs(graph_module), _numbered(graph_module)
+    leaves = results(graph_module)
+    return [replace(_seen(leaf, k, owners), same=_first(leaf, k, firsts))
+            for k, leaf in enumerate(leaves)]
+
+
+def _numbered(graph_module: GraphModule) -> dict[Node, int]:
+    return {node: -1 - k for k, node in enumerate(placeholders(graph_module))}
+
+
+def _first(leaf: Any, position: int, firsts: dict[Node, int]) -> int | None:
+    """Which input or earlier output is the same node; `firsts` learns of it."""
+    first = firsts.setdefault(leaf, position) if isinstance(leaf, Node) else position
+    return None if first == position else first
 
 
 def _inputs(graph_module: GraphModule) -> dict[int, int]:
@@ -111,12 +125,21 @@ class _Outputs:
             if was.strides is None:
                 continue
             now = _seen(self.now[position], position, dict(self.owners))
-            if now != was:
+            if now != replace(was, same=None):
                 self._restore(position, now)
             self.owners.setdefault(storage(value(self.now[position])), position)
-        return [self.build.call(aten.detach.default, leaf)
-                if detached and not _is_detached(leaf) else leaf
-                for leaf, detached in zip(self.now, self.detached, strict=True)]
+        firsts = _numbered(self.build.graph_module)
+        return [self._own(k, leaf, firsts) for k, leaf in enumerate(self.now)]
+
+    def _own(self, position: int, leaf: Any, firsts: dict[Node, int]) -> Any:
+        """An output as a tensor of its own, where it was one, detached, where it was."""
+        if self.detached[position] and not _is_detached(leaf):
+            leaf = self.build.call(aten.detach.default, leaf)
+        was = self.before[position]
+        if was.strides is not None and was.same is None and leaf in firsts:
+            leaf = self.build.call(aten.alias.default, leaf)
+        _first(leaf, position, firsts)
+        return leaf
 
     def _copy_views_that_are_shown_detached(self) -> None:
         """AOTAutograd takes a detached view of an output for one of the whole that this views."""

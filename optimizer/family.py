@@ -106,11 +106,11 @@ class Family:
 
 
 def _seen_at(seen: tuple[Any, ...], lengths: Lengths) -> Seen:
-    shape, strides, offset, owner = seen
+    shape, strides, offset, owner, same = seen
     return Seen(
         tuple(at(n, lengths) for n in shape),
         None if strides is None else tuple(at(n, lengths) for n in strides),
-        at(offset, lengths), owner,
+        at(offset, lengths), owner, same,
     )
 
 
@@ -225,11 +225,12 @@ def _unified(
 
     seen = []
     for each in zip(*(c.seen for c in captures), strict=True):
-        if not agree([s.owner for s in each]):
+        if not agree([(s.owner, s.same) for s in each]):
             raise NotOneProgram("its outputs share memory otherwise at other lengths")
         seen.append((numbers([s.shape for s in each], "the sizes of an output"),
                      numbers([s.strides for s in each], "the strides of an output"),
-                     number([s.offset for s in each], "the offsets of an output"), each[0].owner))
+                     number([s.offset for s in each], "the offsets of an output"), each[0].owner,
+                     each[0].same))
     return Family(
         tuple(frees), lengths[0], steps, lengths, sample,
         general(samples, [o.graph_module for o in outcomes]), tuple(seen),

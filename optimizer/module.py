@@ -24,7 +24,7 @@ from .general import NotOneProgram
 from .lengths import Free, found_lengths, given_lengths
 from .pipeline import Allowed
 from .program import program
-from .refused import CaptureError, refuse_modules
+from .refused import CaptureError, is_opaque, refuse_modules
 from .report import (
     ModeReport,
     Report,
@@ -82,7 +82,7 @@ class OptimizedModule(nn.Module):
             specialized={}, any_length={}, families=[], programs=defaultdict(dict), rewritten=None,
             warned=False,
             seen=defaultdict(_Calls),
-            asks_for_gradients=False, watched=Watched(original),
+            asks_for_gradients=False, watched=Watched(original), opaque=is_opaque(original),
         )
 
     original: nn.Module
@@ -100,8 +100,13 @@ class OptimizedModule(nn.Module):
     shown: Callable[[], GraphModule]  # gives the graph of `rewritten`
     warned: bool
     asks_for_gradients: bool  # whether forward reads a tensor's `requires_grad`
+    opaque: bool  # whether a part of the model can't be looked at, or not yet
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.opaque:
+            result = self.original(*args, **kwargs)
+            vars(self)["opaque"] = is_opaque(self.original)
+            return result
         leaves, structure = flatten(args, kwargs)
         try:
             called = call_signature(leaves, structure)
@@ -156,6 +161,9 @@ class OptimizedModule(nn.Module):
         named = self.options.dynamic_shapes
         frees = [] if named is None else given_lengths(self.original, args, kwargs, named)
         try:
+            vars(self)["opaque"] &= is_opaque(self.original)
+            if self.opaque:
+                refuse_modules(self.original)
             for mode in modes:
                 self._keep(leaves, structure, mode, self.original)
             refuse_modules(self.original)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, cast
 
+import torch
 from torch.fx import Node
 
 from .builder import Builder
@@ -39,13 +41,19 @@ def _slice_range(args: Sequence[Any], axis_size: int) -> tuple[int, int, int]:
     return begin, max(begin, end), stride
 
 
+def _in_dtype(node: Node, like: Node, build: Builder) -> Node:
+    dtype = value(like).dtype
+    return node if value(node).dtype == dtype else build.call(
+        aten._to_copy.default, node, dtype=dtype)
+
+
 def _select_scatter(node: Node, build: Builder) -> Node | None:
     source, written, axis, index = cast(tuple[Node, Node, int, int], node.args)
     axis %= len(shape(source))
     index %= shape(source)[axis]
     if is_op(source, aten.select_scatter.default) and source.args[2:] == (axis, index):
         source = cast(Node, source.args[0])
-    node.args = (source, written, axis, index)
+    node.args = (source, _in_dtype(written, node, build), axis, index)
     return None
 
 
@@ -53,6 +61,7 @@ def _slice_scatter(node: Node, build: Builder) -> Node | None:
     source, written = cast(tuple[Node, Node], node.args[:2])
     axis = cast(int, node.args[2] if len(node.args) > 2 else 0) % len(shape(source))
     start, stop, step = _slice_range(node.args[3:], shape(source)[axis])
+    written = _in_dtype(written, node, build)
     if (start, step) == (0, 1) and stop == shape(source)[axis]:
         return written
     place = (axis, start, stop, step)
@@ -64,8 +73,7 @@ def _slice_scatter(node: Node, build: Builder) -> Node | None:
 
 def _copy(node: Node, build: Builder) -> Node | None:
     target, source = cast(tuple[Node, Node], node.args[:2])
-    if value(source).dtype != value(target).dtype:
-        source = build.call(aten._to_copy.default, source, dtype=value(target).dtype)
+    source = _in_dtype(source, target, build)
     if value(source).device != value(target).device:
         return None
     if shape(source) != shape(target):
@@ -159,6 +167,8 @@ def _cat(node: Node, build: Builder) -> Node | None:
         elif shape(part) != (0,) or rank == 1:
             parts.append(part)
     parts = [p for p in parts if shape(p)[axis] > 0] or parts
+    if reduce(torch.promote_types, [value(p).dtype for p in parts]) != value(node).dtype:
+        parts = [_in_dtype(p, node, build) for p in parts]  # an empty part had a dtype too
     node.args, node.kwargs = (parts, axis), {}
     return None
 

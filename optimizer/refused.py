@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from .facts import PHYSICAL, is_op, source_line
+from .facts import PHYSICAL, Line, is_op, source_line
 
 
 class CaptureError(Exception):
@@ -19,6 +20,12 @@ class CaptureError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.frame = frames[-1] if frames else None
+
+    @property
+    def where(self) -> str:
+        """The line, as reports name it."""
+        return "?" if self.frame is None else str(
+            Line(self.frame.filename, self.frame.lineno or 0))
 
     def __str__(self) -> str:
         if self.frame is None:
@@ -59,6 +66,8 @@ def refuse_modules(model: nn.Module) -> None:
         where = f" ({name})" if name else ""
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"the module{where} is a ScriptModule; optimize its Python source")
+        if _is_lazy(module):
+            raise CaptureError(f"the module{where} has no parameters yet; call the model first")
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise CaptureError(
                 f"the model is wrapped in {type(module).__name__}{where}; optimize the module "
@@ -71,6 +80,15 @@ def refuse_modules(model: nn.Module) -> None:
                 f"the module{where} has forward hooks, whose effects a graph would not repeat; "
                 "remove them, or optimize the modules inside"
             )
+
+
+def is_opaque(model: nn.Module) -> bool:
+    """Whether a part of it can't be looked at: TorchScript, or one that waits for a first call."""
+    return any(isinstance(m, torch.jit.ScriptModule) or _is_lazy(m) for m in model.modules())
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def has_global_hooks() -> bool:

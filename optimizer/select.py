@@ -157,6 +157,8 @@ class _Selecting:
         if (raised := self._naive_exception()) is not None:
             reason = f"the original itself raises in {self.mode}: {raised}"
             return self._nothing([Declined("all passes", "?", reason)], size, start)
+        if self.mode == "training" and (lost := self.captured.lost) is not None:
+            return self._nothing([Declined("all passes", lost.where, lost.reason)], size, start)
         outcome = self._rewrite()
         near_misses = [self._near_miss(skip) for skip in outcome.skips]
         if not outcome.applied:

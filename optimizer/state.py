@@ -48,7 +48,7 @@ class State:
     def place(self) -> tuple[dict[str, Any], str]:
         """The dictionary that holds the attribute, and its name there."""
         for held in (self.owner._parameters, self.owner._buffers, vars(self.owner)):
-            if held.get(self.attribute) is not None:
+            if self.attribute in held and held[self.attribute] is not None:
                 return held, self.attribute
         raise AttributeError(f"the model no longer has {self.name!r}")
 

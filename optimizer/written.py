@@ -50,7 +50,8 @@ def behind_other_writes(node: Node, writes: Mapping[Node, Written]) -> Node | No
             if inside and is_op(source, aten.slice_scatter.default) and source.args[5] == 1:
                 where = [begin - at[1], end - at[1]][: len(node.args) - 2]
                 node.args = (made, axis, *where, *node.args[4:])
-            elif inside and is_op(node, aten.slice.Tensor):
+            elif inside and is_op(node, aten.slice.Tensor) and is_op(
+                    source, aten.select_scatter.default):
                 node.target, node.args = aten.unsqueeze.default, (made, axis)
             else:
                 break

@@ -274,10 +274,11 @@ def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]
 
 def first_line(run: Sequence[Node], period: int) -> Line | None:
     """The first line of the user's file in a loop's body: in a trip in the middle, since what the
-    first and the last read may be read before the loop too."""
+    first and the last read may be read before the loop too, and so may parts of what they view."""
     middle = len(run) // period // 2 * period
     trip = run[middle : middle + period]
-    return min((ln for n in trip if (ln := source_line(n)) is not None), default=None)
+    own = [n for n in trip if not is_view(n)] or trip
+    return min((ln for n in own if (ln := source_line(n)) is not None), default=None)
 
 
 def difference(nodes: Sequence[Node]) -> str:

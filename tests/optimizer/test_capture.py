@@ -401,6 +401,8 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
     "an attribute": (keeps_an_object, "forward assigns the attribute 'calls'", ""),
     "a parameter written to": (writes_a_parameter, "forward writes to the parameter 'weight'", ""),
     "another kind of output": (lambda m, x: {1, 2}, "forward returns a set, not a tensor", ""),
+    "a gradient that is asked for": (
+        lambda m, x: x.clone().requires_grad_() * 2, "forward changes what has a gradient", ""),
     "a view of what is written to": (view_of_written, "a view of a tensor that it writes to", ""),
 }
 
@@ -779,6 +781,24 @@ def test_a_buffer_set_to_none_later() -> None:
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_torchs_own_recurrent_layers_are_captured(kind: Callable[[int, int], nn.Module]) -> None:
     assert optimized(kind(3, 4), X, mode="inference").report.signatures[0].failure is None
+
+
+def test_lazy_modules_are_optimized_after_their_first_call() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), Recurrent())
+    fast = optimized(model, X)
+    assert "has no parameters yet" in failure(fast)
+    assert fast(X).shape == (2, 6, 2)
+    fast(X)
+    assert fast.graph_module is not None
+    close(fast, model, X)
+
+
+def test_modules_with_a_scripted_part_run_as_they_are() -> None:
+    trace: Any = torch.jit.trace
+    model = nn.Sequential(trace(nn.Linear(3, 3), X), Recurrent())
+    fast = optimized(model, X)
+    assert "is a ScriptModule" in failure(fast)
+    close(fast, model, X)
 
 
 class Experts(nn.Module):

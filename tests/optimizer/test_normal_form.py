@@ -1,0 +1,78 @@
+"""Graphs in normal form compute what the model does: values, dtypes, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import looplift
+import pytest
+import torch
+from looplift.optimizer.capture import capture
+from looplift.optimizer.rewritten import Rewritten
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+X, NUMBERS = torch.rand(3, 4), torch.arange(12).reshape(3, 4)
+
+
+class Program(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.run(*args)
+
+
+def every_other(x: Tensor) -> Tensor:
+    made = x.new_zeros(3, 9)
+    made[:, 1::2] = x
+    return made
+
+
+def grown(x: Tensor) -> Tensor:
+    made = torch.tensor([])
+    for t in range(x.shape[1]):
+        made = torch.cat([made, x[:, t]])
+    return made
+
+
+CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "one of the places that a step wrote": (lambda x: every_other(x)[:, 3:4], X),
+    "a place that a step wrote and one beside": (lambda x: every_other(x)[:, 1:3], X),
+    "a place between": (lambda x: every_other(x)[:, 2:3], X),
+    "an empty start of another dtype": (grown, NUMBERS),
+    "an empty part of another dtype": (lambda x: torch.cat([torch.zeros(3, 0), x], 1), NUMBERS),
+    "all of a tensor of another dtype": (
+        lambda x: torch.slice_scatter(torch.zeros(3, 4), x, 1), NUMBERS),
+    "a part, read again": (
+        lambda x: torch.slice_scatter(torch.zeros(3, 9), x, 1, 2, 6)[:, 3:5], NUMBERS),
+    "a place, read again": (
+        lambda x: torch.select_scatter(torch.zeros(3, 9), x[:, 0], 1, 2)[:, 2], NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_dtypes(name: str) -> None:
+    run, x = CASES[name]
+    model = Program(run)
+    captured = capture(model, (x,))
+    assert_close(Rewritten(model, captured, captured.graph_module)(x), model(x), rtol=0, atol=0)
+
+
+def test_a_view_of_an_input_is_not_the_input() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.zeros_like(x[0])
+        for t in range(x.shape[0]):
+            h = torch.tanh(h * 0.9 + x[t])
+        return h, x.expand(3, 4)
+
+    fast = looplift.apply_passes(Program(forward), (X,), measure=False)
+    assert fast.graph_module is not None
+    with torch.no_grad():
+        shown = fast(X)[1]
+    assert shown is not X
+    assert shown.data_ptr() == X.data_ptr()
