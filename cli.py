@@ -365,3 +365,7 @@ def main() -> None:
 
         traceback.print_exc()
         sys.exit(INTERNAL)
+
+
+if __name__ == "__main__":
+    main()

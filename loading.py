@@ -168,4 +168,6 @@ def parse_input(spec: str, generator: torch.Generator | None = None) -> torch.Te
         return torch.randn(sizes, generator=generator, dtype=torch.float32 if not dtype.is_complex
                            else dtype).to(dtype)
     below = int(match["below"] or 2)
+    if below < 1:
+        raise BadInput(f"{spec!r}: no number from 0 on is below {below}")
     return torch.randint(0, below, sizes, generator=generator).to(dtype)

@@ -7,12 +7,13 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -49,10 +50,13 @@ from .state import (
     note_assigned,
     swapped,
 )
+from .turns import TRACING
 from .untracked import Functional
 
 OWN = str(__file__).rsplit("/", 1)[0]
-TRACING = threading.Lock()  # the tracer's frame filter is swapped while a trace runs
+FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
+DATA: Any = vars(torch._C._autograd)["_get_data_attr"]
+_tracer: list[int] = []  # the thread that traces a model
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,17 @@ def capture(
     trace = _Trace(model, flat, spec, places, state)
     fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
     drawn = random.getstate(), _numpy_state()
-    with TRACING, mock.patch.object(
-        torch.autograd.Function, "apply", classmethod(_by_operator)
-    ), mock.patch.object(Tensor, "register_hook", _refuse_hook), mock.patch.object(
+    with TRACING, _tracing(), mock.patch.object(
+        torch.autograd.Function, "apply", classmethod(_in_this_thread(_by_operator, FUNCTION))
+    ), mock.patch.object(
+        Tensor, "register_hook", _in_this_thread(_refuse_hook, Tensor.register_hook)
+    ), mock.patch.object(
         PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
     ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
         FunctionalTensor, "tolist", as_lists
     ), mock.patch.object(
-        torch._C._autograd, "_get_data_attr", Tensor.detach  # what Dynamo makes of `.data`
+        torch._C._autograd, "_get_data_attr", _in_this_thread(  # what Dynamo makes of `.data`
+            Tensor.detach, DATA)
     ):
         try:
             with mode, enable_python_dispatcher():
@@ -169,6 +176,30 @@ def _numpy_state() -> Any:
     """The state of NumPy's generator, where somebody has imported it."""
     numpy = sys.modules.get("numpy")
     return None if numpy is None else pickle.dumps(numpy.random.get_state())
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    _tracer.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        _tracer.pop()
+
+
+def is_traced() -> bool:
+    """Whether this thread traces a model."""
+    return threading.get_ident() in _tracer
+
+
+def _in_this_thread(while_tracing: Callable[..., Any], else_: Callable[..., Any]) -> Any:
+    """What takes a function's place for the thread that traces; others run as before."""
+    me = threading.get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (while_tracing if threading.get_ident() == me else else_)(*args, **kwargs)
+
+    return run
 
 
 def _refuse_hook(tensor: Tensor, hook: Any) -> Any:

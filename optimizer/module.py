@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, capture
+from .capture import Capture, capture, is_traced
 from .cases import copied
 from .contract import ContractError
 from .every_length import ComparedLengths, Make, optimize_family
@@ -37,6 +37,7 @@ from .rewritten import Rewritten, share
 from .select import Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
 from .state import graphs_cut_off, unseen
+from .turns import Turns
 
 MOST_SIGNATURES = 8
 MOST_STATES = 32  # of the model, at calls of one kind, in which its program is the same
@@ -83,6 +84,7 @@ class OptimizedModule(nn.Module):
             warned=False,
             seen=defaultdict(_Calls),
             asks_for_gradients=False, watched=Watched(original), opaque=is_opaque(original),
+            turns=Turns.of(original),
         )
 
     original: nn.Module
@@ -95,6 +97,7 @@ class OptimizedModule(nn.Module):
     # by inputs and program: what runs it, or makes what runs it
     programs: defaultdict[Hashable, dict[Hashable, Any]]
     watched: Watched
+    turns: Turns  # of the threads that call it
     seen: defaultdict[Hashable, _Calls]  # by a call's signature without what the model holds
     rewritten: Rewritten | None
     shown: Callable[[], GraphModule]  # gives the graph of `rewritten`
@@ -103,6 +106,10 @@ class OptimizedModule(nn.Module):
     opaque: bool  # whether a part of the model can't be looked at, or not yet
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._apart(args, kwargs)(*args, **kwargs)
+        if is_traced():
+            return self.original(*args, **kwargs)  # as a part of what is optimized
         if self.opaque:
             result = self.original(*args, **kwargs)
             vars(self)["opaque"] = is_opaque(self.original)
@@ -116,9 +123,35 @@ class OptimizedModule(nn.Module):
             return self.original(*args, **kwargs)
         here = self.seen[called, self.original.training]
         here.calls += 1
-        if here.rests():
-            return self.original(*args, **kwargs)
-        run = self._chosen(args, kwargs, leaves, structure, called, here)
+        with self.turns.shared:
+            run = self.original if here.rests() else \
+                self.specialized.get(self._seen_as(called, leaves))
+            if run is not None:
+                return self._ran(run, args, kwargs, leaves, here)
+        with self.turns.alone:
+            run = self._chosen(args, kwargs, leaves, structure, called, here)
+        with self.turns.shared:
+            return self._ran(run, args, kwargs, leaves, here)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What runs a call under torch.compile, which is not to trace how it is chosen."""
+        leaves, structure = flatten(args, kwargs)
+        try:
+            called = call_signature(leaves, structure)
+        except OpaqueArgument:
+            return self.original
+        if self.opaque:
+            return self.original
+        with self.turns.alone:
+            here = self.seen[called, self.original.training]
+            run = self._chosen(args, kwargs, leaves, structure, called, here)
+        return self.original if isinstance(run, Rewritten) and run.overlaps(leaves) else run
+
+    def _ran(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        leaves: list[Any], here: _Calls,
+    ) -> Any:
         if run is not self.original:
             here.calls = 0
         if not isinstance(run, Rewritten):
@@ -129,7 +162,7 @@ class OptimizedModule(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any],
         structure: Hashable, called: Hashable, here: _Calls,
     ) -> Callable[..., Any]:
-        """What runs a call; optimized now, if such a call was not seen before."""
+        """What runs a call that was not seen before, or by another thread; optimized now."""
         key = self._seen_as(called, leaves)
         run = self.specialized.get(key)
         if run is None:
@@ -167,7 +200,8 @@ class OptimizedModule(nn.Module):
             for mode in modes:
                 self._keep(leaves, structure, mode, self.original)
             refuse_modules(self.original)
-            with unseen(), torch.enable_grad(), graphs_cut_off(self.original):
+            with self.turns.alone, unseen(), torch.enable_grad(), \
+                    graphs_cut_off(self.original):
                 own = list(copied(tuple(leaves)))
                 told = self._optimize_lengths(own, spec, structure, modes, frees, done)
                 if not self._covered(leaves, structure, modes):
@@ -364,6 +398,9 @@ class OptimizedModule(nn.Module):
             vars(self)[name] = held
         else:
             setattr(self.original, name, held)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.original, name)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -16,6 +16,7 @@ from .equal import merge_equal
 from .facts import WASTED, Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
+from .turns import TRACING
 from .waste import last_steps_apart
 
 MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
@@ -101,13 +102,13 @@ def _run(
     outcome: Outcome, captured: Capture, passes: Sequence[Pass], excluded: frozenset[Group],
     allowed: Allowed,
 ) -> None:
-    graph_module = outcome.graph_module
     for one in passes:
         done: set[GraphModule] = set()
-        while todo := [g for g in all_graphs(graph_module) if g not in done]:
+        while todo := [g for g in all_graphs(outcome.graph_module) if g not in done]:
             graph = todo[-1]  # bodies before the loops around them
             done.add(graph)
-            _run_pass(one, graph, captured, excluded, allowed, outcome)
+            with TRACING:
+                _run_pass(one, graph, captured, excluded, allowed, outcome)
 
 
 def _run_pass(

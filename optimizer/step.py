@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .composed import RULES, Early
 from .facts import aten
 from .pointwise import Unsupported
+from .turns import TRACING
 
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
     "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched",
@@ -100,7 +101,7 @@ def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: bool) -
 def aside(function: Callable[[], Any]) -> Any:
     """A function's result, in a thread of its own: the modes and keys that dispatch operators
     for the caller, who may be tracing or differentiating, do not count there."""
-    with ThreadPoolExecutor(1) as pool:
+    with TRACING, ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 

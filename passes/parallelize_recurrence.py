@@ -97,10 +97,14 @@ def at_once(build: Builder, scan: Node, terms: Node) -> Sequence[Node]:
     [start], steps = cast(list[Node], scan.args[1]), trips(scan)
     head = placeholders(body_of(scan))[0]
     outputs = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])[1:]
+    dtype = value(start).dtype  # small integers would be summed as int64
+    kept = {} if dtype.is_floating_point or dtype.is_complex else {"dtype": dtype}
     if not outputs:
-        return [build.call(aten.add.Tensor, start, build.call(aten.sum.dim_IntList, terms, [0]))]
+        total = build.call(aten.sum.dim_IntList, terms, [0], **kept)
+        return [build.call(aten.add.Tensor, start, total)]
     first = build.call(aten.unsqueeze.default, start, 0)
-    after = build.call(aten.add.Tensor, first, build.call(aten.cumsum.default, terms, 0))
+    sums = build.call(aten.cumsum.default, terms, 0, **kept)
+    after = build.call(aten.add.Tensor, first, sums)
     before = build.call(aten.cat.default, [first, build.slice(after, 0, 0, steps - 1)], 0) \
         if head in outputs else after
     final = build.call(aten.select.int, after, 0, steps - 1)

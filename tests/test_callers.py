@@ -15,6 +15,7 @@ import torch
 from looplift import apply_passes
 from looplift.optimizer.module import OptimizedModule
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -566,3 +567,17 @@ def test_the_graph_of_a_model_that_is_a_graph_is_still_its_own() -> None:
     fast = apply_passes(model, (torch.randn(2, 20),), measure=False)
     assert fast.graph_module is not None
     assert fast.graph is model.graph
+
+
+def test_under_torch_compile_how_a_call_runs_is_chosen_outside_of_the_graph() -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    model = Gated()
+    fast: Any = torch.compile(apply_passes(model, measure=False), backend=graphs)
+    for batch in (3, 4, 3):
+        x = torch.randn(batch, 20, 5, requires_grad=True)
+        assert_close(fast(x), model(x))
+        assert_close(torch.autograd.grad(fast(x).sum(), x), torch.autograd.grad(model(x).sum(), x))
+    assert [s.failure for s in fast._orig_mod.report.signatures] == [None, None]
+    assert graphs.frame_count == 2
+    assert graphs.op_count < 20

@@ -175,6 +175,8 @@ def model(): return DistributedDataParallel(Loop())
     "no such option": (GOOD, ("@", "--faster"), 2, ("No such option", "--faster")),
     "not an input": (LOOP, ("@", "--inputs", "f31[2]"), 2, (
         "'f31[2]' describes no input; write dtype[sizes]", "bf16", '"i64[4,128]<50257"')),
+    "a bound that leaves no number": (LOOP, ("@", "--inputs", "i64[2]<0"), 2, (
+        "no number from 0 on is below 0",)),
     "a bound for floats": (LOOP, ("@", "--inputs", "f32[2]<7"), 2, (
         "'f32[2]<7': an upper bound is for integers",)),
     "no dynamic axis": (GOOD, ("@", "--dynamic", "x=T"), 2, (
@@ -311,6 +313,12 @@ def test_near_misses_are_in_the_report(run: Run, file: Path) -> None:
     assert (miss["pass_name"], miss["where"]) == ("slice-indices", "mine.py:6")
     assert "computed from data" in miss["reason"]
     assert "computed from" in result.stdout
+
+
+def test_run_as_a_module(file: Path) -> None:
+    found = subprocess.run([sys.executable, "-m", "looplift.cli", "passes"], cwd=file.parent,
+                           capture_output=True, text=True, check=True)
+    assert "reroll-loops" in found.stdout
 
 
 def test_html_and_code(run: Run, file: Path) -> None:

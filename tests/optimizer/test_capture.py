@@ -762,6 +762,8 @@ def test_an_attribute_set_on_the_fast_model_is_that_of_the_original() -> None:
     fast = rewritten(Scaled(), X, mode="inference")
     setattr(fast, "factor", 3.0)  # noqa: B010 - mypy takes it for a submodule
     assert fast.original.factor == 3.0
+    delattr(fast, "factor")
+    assert fast.original.factor == 2.0
 
 
 def test_a_parametrization_registered_later() -> None:

@@ -120,6 +120,21 @@ def fired(fast: looplift.OptimizedModule) -> list[str]:
     return [r["summary"] for r in fast.report.to_dict()["rewrites"] if r["pass_name"] == NAME]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_counts_keep_their_dtype_and_wrap_around(dtype: torch.dtype) -> None:
+    def counted(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        n, seen = torch.full((x.shape[0],), 250, dtype=dtype), []
+        for t in range(x.shape[1]):
+            n = n + (x[:, t, 0] > 0).to(dtype)
+            seen.append(n)
+        return n, torch.stack(seen, 1)
+
+    x = torch.randn(2, 24, 4)
+    fast = optimized(Model(counted), x)
+    assert fired(fast)
+    torch.testing.assert_close(fast(x), Model(counted)(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_running_sums_are_computed_at_once(forward: Forward) -> None:
     fast = optimized(Model(forward), torch.randn(2, 7, 4))
