@@ -263,6 +263,9 @@ class _Trace:
         outputs += more
         self.outputs = len(outputs)
         self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
+        if answers.sets_gradients:
+            raise CaptureError("forward changes what has a gradient (`requires_grad_`), which a "
+                               "graph would not hold")
         return [x if isinstance(x, Tensor) else None for x in outputs]
 
     def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:

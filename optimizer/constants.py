@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .facts import LARGEST_CONSTANT, aten, is_pure
-from .refused import CaptureError
 from .untracked import node_of
 
 UNANSWERABLE = (
@@ -49,7 +48,7 @@ class ConstantAnswers(TorchFunctionMode):
         super().__init__()
         self.known: dict[Node, Any] = {}
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
-        self.asks_for_gradients = False
+        self.asks_for_gradients = self.sets_gradients = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
@@ -57,9 +56,7 @@ class ConstantAnswers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
-        if func in SETS_GRADIENTS:
-            raise CaptureError("forward changes what has a gradient (`requires_grad_`), which a "
-                               "graph would not hold")
+        self.sets_gradients |= func in SETS_GRADIENTS
         if func == DATA:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
         try:

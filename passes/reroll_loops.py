@@ -285,7 +285,7 @@ def difference(nodes: Sequence[Node]) -> str:
     """In what operations of one line differ."""
     parameters = [{s for s in n.all_input_nodes if s.meta.get("state")} for n in nodes]
     if len({str([s.meta.get("val") for s in (n, *n.all_input_nodes)]) for n in nodes}) > 1:
-        return "they work on different sizes, as in a triangular loop"
+        return "they work on different sizes"
     if any(own != parameters[0] for own in parameters):
         return "each uses parameters of its own"
     if len({token(n) for n in nodes}) > 1:

@@ -429,7 +429,7 @@ def zoneout(m: Any, x: Tensor) -> Tensor:
 # What is left as it is
 
 
-@shape(reason="they work on different sizes, as in a triangular loop")
+@shape(reason="they work on different sizes")
 def triangular(m: Any, x: Tensor) -> Tensor:
     return torch.stack([m.a(x[:, : t + 1].sum(1)) for t in range(x.shape[1])], 1)
 

@@ -271,7 +271,7 @@ def rolled(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("forward", "reason"), [
-    (triangular, "6 times sum: they work on different sizes, as in a triangular loop"),
+    (triangular, "6 times sum: they work on different sizes"),
     (rolled, "6 times roll: a number given to them varies"),
     (own_parameters, "each trip uses parameters of its own, and the result of the one before"),
 ])
