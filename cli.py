@@ -94,7 +94,8 @@ def optimize(
     html: Annotated[Path | None, typer.Option(
         show_default=False, help="Write the report as an HTML page.")] = None,
     code: Annotated[Path | None, typer.Option(
-        show_default=False, help="Write the rewritten model's Python source.")] = None,
+        show_default=False, help="Write the rewritten model's Python source, without its "
+        "tables of numbers.")] = None,
     dynamic: Annotated[list[str] | None, typer.Option(
         "--dynamic", metavar="ARG:AXIS=NAME", show_default=False,
         help="An input axis that may have any size, as in x:1=T; several may share a name.",
@@ -136,7 +137,7 @@ def optimize(
             out.print(comparison_table(comparison))
     stop_on_failure(fast)
     for path, text in ((json, as_json(fast.report)), (html, as_html(fast.report, page=True)),
-                       (code, fast.code)):
+                       (code, f"import looplift\nimport torch\n\n\n{fast.code}")):
         if path is not None:
             path.write_text(text)
 

@@ -51,8 +51,8 @@ def given_lengths(
     if not isinstance(dynamic_shapes, dict):
         dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=True))
     if unknown := sorted(dynamic_shapes.keys() - bound.keys()):
-        raise ValueError(f"dynamic_shapes names {', '.join(unknown)}, no arguments of forward, "
-                         f"which has {', '.join(bound)}")
+        raise ValueError(f"dynamic_shapes names {', '.join(unknown)}, but forward is given "
+                         f"{', '.join(bound)}")
     number = {id(leaf): k for k, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs))))}
     places: dict[str, list[tuple[int, int, Callable[[int], int] | None]]] = {}
     dims: dict[str, Any] = {}

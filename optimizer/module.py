@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -108,8 +109,8 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._apart(args, kwargs)(*args, **kwargs)
-        if is_traced():
-            return self.original(*args, **kwargs)  # as a part of what is optimized
+        if is_traced() or torch._C._is_tracing():
+            return self.original(*args, **kwargs)  # as a part of what is traced
         if self.opaque:
             result = self.original(*args, **kwargs)
             vars(self)["opaque"] = is_opaque(self.original)
@@ -169,8 +170,9 @@ class OptimizedModule(nn.Module):
             run = self._at_other_length(key, leaves, structure)
         if run is not None:
             return run
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self.original  # what is transformed can't be looked at
+        if torch._C._functorch.peek_interpreter_stack() is not None \
+                or detect_fake_mode(leaves) is not None:
+            return self.original  # what is transformed, or has no values, can't be looked at
         if len(self.report.signatures) >= MOST_SIGNATURES or here.known >= MOST_STATES:
             self._warn_once()
             return self.original

@@ -16,6 +16,7 @@ from looplift import apply_passes
 from looplift.optimizer.module import OptimizedModule
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -581,3 +582,15 @@ def test_under_torch_compile_how_a_call_runs_is_chosen_outside_of_the_graph() ->
     assert [s.failure for s in fast._orig_mod.report.signatures] == [None, None]
     assert graphs.frame_count == 2
     assert graphs.op_count < 20
+
+
+def test_tracers_see_the_model_and_use_up_no_signature() -> None:
+    model = Gated()
+    fast = apply_passes(model, measure=False)
+    trace: Any = torch.jit.trace
+    traced = trace(fast, torch.randn(2, 20, 5), check_trace=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fast(torch.randn(3, 20, 5)).shape == (3, 20, 5)
+    assert fast.report.signatures == []
+    x = torch.randn(2, 20, 5)
+    assert_close(traced(x), model(x))

@@ -182,7 +182,7 @@ def model(): return DistributedDataParallel(Loop())
     "no dynamic axis": (GOOD, ("@", "--dynamic", "x=T"), 2, (
         "--dynamic takes ARG:AXIS=NAME, as in x:1=T, not 'x=T'",)),
     "a dynamic argument that is not there": (GOOD, ("@", "--dynamic", "z:1=T"), 2, (
-        "dynamic_shapes names z, no arguments of forward, which has x",)),
+        "dynamic_shapes names z, but forward is given x",)),
     "an unwritable report": (GOOD, ("@", "--json", "/no/such/folder/report.json"), 2, (
         "/no/such/folder/report.json can't be written: No such file or directory",)),
     "a folder for a report": (GOOD, ("@", "--json", "."), 2, ("can't be written: Is a directory",)),
@@ -326,6 +326,7 @@ def test_html_and_code(run: Run, file: Path) -> None:
     assert run(GOOD, "@", *FAST, "--html", str(html), "--code", str(code)).exit_code == 0
     assert html.read_text().lstrip().lower().startswith("<!doctype html>")
     assert "reroll-loops" in html.read_text()
+    assert code.read_text().startswith("import looplift\nimport torch\n")
     compile(code.read_text(), "fast.py", "exec")
     assert "linear" in code.read_text()
 

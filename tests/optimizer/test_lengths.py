@@ -474,7 +474,7 @@ def test_lengths_that_follow_others(dims: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize(("shapes", "message"), [
-    ({"z": {1: Dim("T")}}, "dynamic_shapes names z, no arguments of forward, which has x, y"),
+    ({"z": {1: Dim("T")}}, "dynamic_shapes names z, but forward is given x, y"),
     ({"x": {3: Dim("T")}}, "dynamic_shapes names axis 3 of x, which has 3"),
     ({"x": {1: 2 * Dim("T")}}, "no input has the length T itself"),
     ({"y": {1: Dim("T"), 2: None}}, "dynamic_shapes of y does not look like what is given"),
