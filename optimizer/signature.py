@@ -66,7 +66,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], H
 
 def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
     """What a call's inputs and surroundings fix: shapes, strides, dtypes, which share memory,
-    grad mode, autocast. Raises `OpaqueArgument`, for sparse tensors too."""
+    grad mode, autocast, the default dtype. Raises `OpaqueArgument`, for sparse tensors too."""
     inputs = tuple([
         (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor)
         else (type(leaf), _plain(leaf))
@@ -81,7 +81,8 @@ def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for kind in ("cpu", "cuda")
     ])
-    return structure, inputs, shared, torch.is_grad_enabled(), autocast
+    return (structure, inputs, shared, torch.is_grad_enabled(), autocast,
+            torch.get_default_dtype())
 
 
 class Watched:

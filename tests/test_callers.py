@@ -594,3 +594,17 @@ def test_tracers_see_the_model_and_use_up_no_signature() -> None:
     assert fast.report.signatures == []
     x = torch.randn(2, 20, 5)
     assert_close(traced(x), model(x))
+
+
+class InDefaultDtype(Twenty):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.get_default_dtype()))
+
+
+def test_the_default_dtype_counts() -> None:
+    fast = apply_passes(InDefaultDtype(), (torch.randn(2, 20),), measure=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fast(torch.randn(2, 20, dtype=torch.float32)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
