@@ -98,8 +98,9 @@ def _finite(most: Any) -> int | None:
 def found_lengths(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Free]:
     """The lengths that long loops of the model run over, two at most; none for short loops.
 
-    Input axes of one size are one length. A loop runs over it if the model runs fewer operations
-    when it is shorter; how many at its full length is estimated.
+    Input axes of one size are one length, or where the model does not run so, each by itself. A
+    loop runs over it if the model runs fewer operations when it is shorter; how many at its full
+    length is estimated.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     sizes: dict[int, list[tuple[int, int, None]]] = {}
@@ -109,20 +110,35 @@ def found_lengths(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
                 sizes.setdefault(size, []).append((place, axis, None))
     found = []
     for size, places in sizes.items():
-        free = Free("", tuple(places))
-        for half in _halves(size):
-            many = _operations_at(size, half, model, leaves, free, spec)
-            if many is not None and many >= MANY and half <= size // 64:  # as far as it grows
-                longer = _operations_at(size, 4 * half, model, leaves, free, spec)
-                many = many if longer is None else longer
+        for some in dict.fromkeys([tuple(places), *((place,) for place in places)]):
+            free = Free("", some)
+            many = _run_over(size, model, leaves, free, spec)
             if many is not None and many >= MANY:
                 found.append((-many, free))
-                break
-            if many is not None and half >= size // 16:
-                break
+            if many is not None and (many >= MANY or len(some) == len(places)):
+                break  # else another axis happens to have that size, such as a layer's width
     most = sorted(found, key=lambda each: each[0])[: len(NAMES)]
     frees = sorted((free for _, free in most), key=lambda free: free.places)
     return [replace(free, name=name) for name, free in zip(NAMES, frees, strict=False)]
+
+
+def _run_over(
+    size: int, model: nn.Module, leaves: Sequence[Any], free: Free, spec: pytree.TreeSpec
+) -> int | None:
+    """How many operations a length of `size` takes, as far as it matters whether they are many;
+    None if the model runs at no other length."""
+    most = None
+    for half in _halves(size):
+        many = _operations_at(size, half, model, leaves, free, spec)
+        if many is None:
+            continue
+        if many >= MANY and half <= size // 64:  # as far as it grows
+            longer = _operations_at(size, 4 * half, model, leaves, free, spec)
+            many = many if longer is None else longer
+        most = many
+        if many >= MANY or half >= size // 16:
+            break
+    return most
 
 
 def _operations_at(

@@ -380,6 +380,24 @@ def test_short_loops_are_traced_whole() -> None:
     assert [free.name for free in found_lengths(Model(recurrent), long(), {})] == ["T"]
 
 
+class AsWideAsLong(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(96, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 8)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(x[:, t]) + h)
+        return h
+
+
+def test_a_width_that_happens_to_be_the_length_keeps_no_loop_from_being_found() -> None:
+    with mock.patch.object(lengths, "MANY", 200):
+        (free,) = found_lengths(AsWideAsLong(), (torch.randn(2, 96, 96),), {})
+    assert [(place, axis) for place, axis, _ in free.places] == [(0, 1)]
+
+
 def in_sixteen_parts(m: Any, x: Tensor) -> Tensor:
     """As many operations at each length from 16 on."""
     total = torch.zeros_like(x[:, 0])
