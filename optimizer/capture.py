@@ -56,6 +56,7 @@ from .untracked import Functional
 OWN = str(__file__).rsplit("/", 1)[0]
 FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
 DATA: Any = vars(torch._C._autograd)["_get_data_attr"]
+CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
 _tracer: list[int] = []  # the thread that traces a model
 
 
@@ -125,6 +126,8 @@ def capture(
     ), mock.patch.object(
         torch._C._autograd, "_get_data_attr", _in_this_thread(  # what Dynamo makes of `.data`
             Tensor.detach, DATA)
+    ), mock.patch.object(torch.inference_mode, "__enter__", _in_this_thread(
+        _refuse_inference_mode, ENTER)
     ):
         try:
             with mode, enable_python_dispatcher():
@@ -202,9 +205,20 @@ def _in_this_thread(while_tracing: Callable[..., Any], else_: Callable[..., Any]
     return run
 
 
+def _refuse_inference_mode(mode: Any) -> Any:
+    """The tracer itself enters it too, from PyTorch's own files."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == CONTEXTS:  # a decorator
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_filename.startswith(TORCH):
+        return ENTER(mode)
+    raise CaptureError("forward enters `torch.inference_mode`, which a graph would not hold; use "
+                       "`torch.no_grad`", user_frames(traceback.extract_stack(frame)))
+
+
 def _refuse_hook(tensor: Tensor, hook: Any) -> Any:
     raise CaptureError("forward registers a hook on a tensor, which a graph can't keep",
-                       user_frames(traceback.extract_stack()))
+                       user_frames(traceback.extract_stack(sys._getframe(2))))
 
 
 class _Trace:
@@ -263,9 +277,8 @@ class _Trace:
         outputs += more
         self.outputs = len(outputs)
         self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
-        if answers.sets_gradients:
-            raise CaptureError("forward changes what has a gradient (`requires_grad_`), which a "
-                               "graph would not hold")
+        if answers.unseen is not None:
+            raise CaptureError(f"forward {answers.unseen}, which a graph would not hold")
         return [x if isinstance(x, Tensor) else None for x in outputs]
 
     def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:

@@ -31,8 +31,12 @@ UNANSWERABLE = (
     DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 )
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"]
-SETS_GRADIENTS = (Tensor.requires_grad_, REQUIRES_GRAD.__set__)
-DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+DATA: Any = vars(torch._C.TensorBase)["data"]
+UNSEEN = {  # by the tracer, which would go on as if nothing had been asked
+    Tensor.requires_grad_: "changes what has a gradient (`requires_grad_`)",
+    REQUIRES_GRAD.__set__: "changes what has a gradient (`requires_grad`)",
+    DATA.__set__: "assigns to the `.data` of a tensor",
+}
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -48,7 +52,8 @@ class ConstantAnswers(TorchFunctionMode):
         super().__init__()
         self.known: dict[Node, Any] = {}
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
-        self.asks_for_gradients = self.sets_gradients = False
+        self.asks_for_gradients = False
+        self.unseen: str | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
@@ -56,8 +61,8 @@ class ConstantAnswers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
-        self.sets_gradients |= func in SETS_GRADIENTS
-        if func == DATA:
+        self.unseen = self.unseen or UNSEEN.get(func)
+        if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
         try:
             return func(*args, **kwargs)

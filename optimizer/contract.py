@@ -128,8 +128,11 @@ class _Outputs:
             if now != replace(was, same=None):
                 self._restore(position, now)
             self.owners.setdefault(storage(value(self.now[position])), position)
-        firsts = _numbered(self.build.graph_module)
-        return [self._own(k, leaf, firsts) for k, leaf in enumerate(self.now)]
+        firsts, shown = _numbered(self.build.graph_module), list[Any]()
+        for k, was in enumerate(self.before):
+            shown.append(shown[was.same] if was.same is not None and was.same >= 0
+                         else self._own(k, self.now[k], firsts))
+        return shown
 
     def _own(self, position: int, leaf: Any, firsts: dict[Node, int]) -> Any:
         """An output as a tensor of its own, where it was one, detached, where it was."""

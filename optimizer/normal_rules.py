@@ -162,8 +162,10 @@ def _cat(node: Node, build: Builder) -> Node | None:
     axis %= max(rank, 1)
     parts: list[Node] = []
     for part in cast(list[Node], node.args[0]):
-        if is_op(part, aten.cat.default) and part.args[1:] == (axis,) and len(part.users) == 1:
-            parts += cast(list[Node], part.args[0])
+        inner = cast(list[Node], part.args[0]) if is_op(part, aten.cat.default) else []
+        if inner and part.args[1:] == (axis,) and len(part.users) == 1 \
+                and {value(p).dtype for p in inner} == {value(part).dtype}:
+            parts += inner
         elif shape(part) != (0,) or rank == 1:
             parts.append(part)
     parts = [p for p in parts if shape(p)[axis] > 0] or parts

@@ -379,6 +379,16 @@ def writes_a_parameter(m: Any, x: Tensor) -> Tensor:
     return result
 
 
+def exchanges_data(m: Any, x: Tensor) -> Tensor:
+    m.count.data = m.count.data + 1
+    return torch.mul(x, m.count)
+
+
+def in_inference_mode(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x * 2
+
+
 def view_of_written(m: Any, x: Tensor) -> Tensor:
     x.mul_(2)
     return x[:, 1]
@@ -403,6 +413,11 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
     "another kind of output": (lambda m, x: {1, 2}, "forward returns a set, not a tensor", ""),
     "a gradient that is asked for": (
         lambda m, x: x.clone().requires_grad_() * 2, "forward changes what has a gradient", ""),
+    "data that is exchanged": (exchanges_data, "forward assigns to the `.data` of a tensor", ""),
+    "a part in inference mode": (
+        in_inference_mode, "forward enters `torch.inference_mode`", "with torch.inference_mode():"),
+    "inference mode": (
+        torch.inference_mode()(lambda m, x: x * 2), "forward enters `torch.inference_mode`", ""),
     "a view of what is written to": (view_of_written, "a view of a tensor that it writes to", ""),
 }
 

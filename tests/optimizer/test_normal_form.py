@@ -46,6 +46,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "a place between": (lambda x: every_other(x)[:, 2:3], X),
     "an empty start of another dtype": (grown, NUMBERS),
     "an empty part of another dtype": (lambda x: torch.cat([torch.zeros(3, 0), x], 1), NUMBERS),
+    "a cat of two dtypes in a cat": (
+        lambda x: torch.cat([torch.cat([x + 2**24, x.float()]), x.double()]), NUMBERS),
     "all of a tensor of another dtype": (
         lambda x: torch.slice_scatter(torch.zeros(3, 4), x, 1), NUMBERS),
     "a part, read again": (
@@ -61,6 +63,21 @@ def test_values_and_dtypes(name: str) -> None:
     model = Program(run)
     captured = capture(model, (x,))
     assert_close(Rewritten(model, captured, captured.graph_module)(x), model(x), rtol=0, atol=0)
+
+
+def test_outputs_that_are_one_tensor_stay_one() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        h = torch.zeros_like(x[0])
+        for t in range(x.shape[0]):
+            h = torch.tanh(h * 0.9 + x[t])
+        return h.view_as(h), h, h, x, x
+
+    fast = looplift.apply_passes(Program(forward), (X,), measure=False)
+    assert fast.graph_module is not None
+    view, h, again, x, same = fast(X)
+    assert h is again
+    assert view is not h
+    assert x is same is X
 
 
 def test_a_view_of_an_input_is_not_the_input() -> None:
