@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -98,10 +100,18 @@ def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: bool) -
     return made
 
 
+class _Aside(threading.local):
+    inside = False  # a call of `aside`, which holds the turn to trace
+
+
+_aside = _Aside()
+
+
 def aside(function: Callable[[], Any]) -> Any:
     """A function's result, in a thread of its own: the modes and keys that dispatch operators
     for the caller, who may be tracing or differentiating, do not count there."""
-    with TRACING, ThreadPoolExecutor(1) as pool:
+    turn = contextlib.nullcontext() if _aside.inside else TRACING
+    with turn, ThreadPoolExecutor(1, initializer=partial(setattr, _aside, "inside", True)) as pool:
         return pool.submit(function).result()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import looplift
 import pytest
 import torch
+from looplift.optimizer.step import aside
 from looplift.optimizer.turns import Turns
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -89,3 +90,10 @@ def test_who_runs_alone_waits_for_calls_and_no_new_one_begins() -> None:
     first.join()
     second.join()
     assert order == ["first call", "alone", "shared"]
+
+
+def test_a_function_that_runs_aside_may_run_another_aside() -> None:
+    pool = ThreadPoolExecutor(1)
+    nested = pool.submit(lambda: aside(lambda: aside(threading.get_ident)))
+    assert nested.result(60) != threading.get_ident()
+    pool.shutdown()
