@@ -27,6 +27,7 @@ import torch
 from looplift.optimizer.apply import tidy
 from looplift.optimizer.builder import Builder, output_node, placeholders
 from looplift.optimizer.capture import Capture, capture
+from looplift.optimizer.contract import Seen, results
 from looplift.optimizer.emit import compiled
 from looplift.optimizer.facts import Facts, body_of, is_random, is_scan
 from looplift.optimizer.pipeline import run_passes
@@ -168,7 +169,9 @@ def batched(
     dtype: torch.dtype,
 ) -> tuple[str, str]:
     """What became of one sample, and why."""
-    scanned = replace(captured, graph_module=in_scan(captured, steps, varied), seen=(), begun={})
+    graph_module = in_scan(captured, steps, varied)
+    anyhow = (Seen(),) * len(results(graph_module))  # no memory layout is to be given back
+    scanned = replace(captured, graph_module=graph_module, seen=anyhow, begun={})
     outcome = run_passes(scanned, [VectorizePatches()])
     left = [n for n in outcome.graph_module.graph.nodes if is_scan(n)]
     final = replace(scanned, graph_module=outcome.graph_module, begun={})
