@@ -55,7 +55,7 @@ from .untracked import Functional
 
 OWN = str(__file__).rsplit("/", 1)[0]
 FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
-DATA: Any = vars(torch._C._autograd)["_get_data_attr"]
+DATA_OF: Any = vars(torch._C._autograd)["_get_data_attr"]
 CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
 _tracer: list[int] = []  # the thread that traces a model
 
@@ -125,7 +125,7 @@ def capture(
         FunctionalTensor, "tolist", as_lists
     ), mock.patch.object(
         torch._C._autograd, "_get_data_attr", _in_this_thread(  # what Dynamo makes of `.data`
-            Tensor.detach, DATA)
+            Tensor.detach, DATA_OF)
     ), mock.patch.object(torch.inference_mode, "__enter__", _in_this_thread(
         _refuse_inference_mode, ENTER)
     ):

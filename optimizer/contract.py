@@ -129,9 +129,9 @@ class _Outputs:
                 self._restore(position, now)
             self.owners.setdefault(storage(value(self.now[position])), position)
         firsts, shown = _numbered(self.build.graph_module), list[Any]()
-        for k, was in enumerate(self.before):
+        for k, (was, leaf) in enumerate(zip(self.before, self.now, strict=True)):
             shown.append(shown[was.same] if was.same is not None and was.same >= 0
-                         else self._own(k, self.now[k], firsts))
+                         else self._own(k, leaf, firsts))
         return shown
 
     def _own(self, position: int, leaf: Any, firsts: dict[Node, int]) -> Any:
@@ -216,7 +216,7 @@ class _Outputs:
         group = [k for k, seen in enumerate(self.before)
                  if seen.strides is not None and root in (k, seen.owner)]
         places = {k: self.before[k].places for k in group}
-        size = max(0, *(1 + int(p.max()) for p in places.values() if p.numel()), 0)
+        size = max((1 + int(p.max()) for p in places.values() if p.numel()), default=0)
         memory = self.build.call(aten.new_zeros.default, self.now[group[0]], [size])
         covered = torch.zeros(size, dtype=torch.bool)
         for k in sorted(group, key=lambda k: -value(self.now[k]).numel()):
