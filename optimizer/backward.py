@@ -85,10 +85,12 @@ class Backward:
 
 @lru_cache(maxsize=256)
 def backward_of(
-    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...]
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...],
+    without: frozenset[int] = frozenset(),
 ) -> Backward:
-    """The backward of a step on arguments of `sizes`, as far as their gradients are `wanted`."""
-    graph_module, present = aside(lambda: joint(step, sizes, counts, wanted))
+    """The backward of a step on arguments of `sizes`, as far as their gradients are `wanted`,
+    where the outputs of the numbers `without` have none themselves."""
+    graph_module, present = aside(lambda: joint(step, sizes, counts, wanted, without))
     return _Division(graph_module, counts, present).made()
 
 

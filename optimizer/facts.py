@@ -234,10 +234,10 @@ def all_graphs(graph_module: GraphModule) -> Iterator[GraphModule]:
 
 
 class Facts:
-    """What a pass may ask of one graph."""
+    """What a pass may ask of one graph, and whether it is to be differentiated (`training`)."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.graph_module = graph_module
+    def __init__(self, graph_module: GraphModule, training: bool = False) -> None:
+        self.graph_module, self.training = graph_module, training
         self.constants: dict[Node, Tensor | None] = {}
 
     @cached_property

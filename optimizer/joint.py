@@ -18,9 +18,11 @@ from .step import Counts, Sizes, functional_graph, halves, step_function, traced
 
 
 def joint(
-    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...]
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...],
+    without: frozenset[int],
 ) -> tuple[GraphModule, list[int]]:
-    """The differentiated step, and which arguments it has gradients for, carries all."""
+    """The differentiated step, and which arguments it has gradients for, carries all; the
+    outputs of the numbers `without` have none."""
     held, read, _ = counts
     function: Any = step_function(step)  # not its core operations: formulas of gradients are safer
     results: Any = traced(step, sizes).graph.output_node().args[0]
@@ -36,8 +38,8 @@ def joint(
         with torch.enable_grad():
             results = function(*inputs)
         to = [k for k, x in enumerate(inputs) if x.requires_grad]
-        pairs = [(r, g) for r, g in zip(results, (*grads, *to_outputs), strict=True)
-                 if r.requires_grad]
+        pairs = [(r, g) for k, (r, g) in enumerate(zip(results, (*grads, *to_outputs), strict=True))
+                 if r.requires_grad and k - held not in without]
         found = torch.autograd.grad([r for r, _ in pairs], [inputs[k] for k in to],
                                     [g for _, g in pairs], allow_unused=True) if pairs \
             else [None] * len(to)

@@ -72,7 +72,7 @@ def run_passes(
     outcome = Outcome(duplicate(first.graph_module), list(first.applied), list(first.skips))
     if training:
         last_steps_apart(outcome.graph_module, captured.fake_mode)
-    _run(outcome, captured, passes[1:], excluded, allowed)
+    _run(outcome, captured, passes[1:], excluded, allowed, training)
     merge_equal(outcome.graph_module)
     if training:
         outputs_apart(outcome.graph_module, captured.fake_mode)
@@ -100,7 +100,7 @@ def begun(
 
 def _run(
     outcome: Outcome, captured: Capture, passes: Sequence[Pass], excluded: frozenset[Group],
-    allowed: Allowed,
+    allowed: Allowed, training: bool = False,
 ) -> None:
     for one in passes:
         done: set[GraphModule] = set()
@@ -108,18 +108,18 @@ def _run(
             graph = todo[-1]  # bodies before the loops around them
             done.add(graph)
             with TRACING:
-                _run_pass(one, graph, captured, excluded, allowed, outcome)
+                _run_pass(one, graph, captured, excluded, allowed, outcome, training)
 
 
 def _run_pass(
     one: Pass, graph: GraphModule, captured: Capture, excluded: frozenset[Group],
-    allowed: Allowed, outcome: Outcome,
+    allowed: Allowed, outcome: Outcome, training: bool,
 ) -> None:
     failed: set[tuple[str, str]] = set()
     for _ in range(MOST_ROUNDS):
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        for proposal in list(one.propose(Facts(graph))):
+        for proposal in list(one.propose(Facts(graph, training))):
             if isinstance(proposal, Skip):
                 skips.append(proposal)
             elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:

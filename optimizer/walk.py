@@ -94,12 +94,16 @@ class _Walk:
         self.outputs = {k: output.movedim(ctx.axes[j], 0) for (k, (j, _)), output in
                         zip(self.shown.items(), saved[held + read + fixed :], strict=True)}
         like = self.carries[0]
-        self.grads = [like.new_zeros([self.steps] * (k >= held) + list(size)) if g is None else
-                      g if k < held else g.movedim(ctx.axes[k - held], 0)
-                      for k, (g, size) in enumerate(
-                          zip(grads, result_sizes(ctx.step, sizes), strict=True))]
+        stored = frozenset(j for j, after in self.shown.values()
+                           if not after and grads[held + j] is None)
+        # by their places: of the final carries, then of the outputs but those that are `stored`
+        self.grads = {
+            k: like.new_zeros([self.steps] * (k >= held) + list(size)) if g is None else
+            g if k < held else g.movedim(ctx.axes[k - held], 0)
+            for k, (g, size) in enumerate(zip(grads, result_sizes(ctx.step, sizes), strict=True))
+            if k - held not in stored}
         wanted = tuple(t.requires_grad for ts in arguments for t in ts)
-        self.back: Backward = backward_of(ctx.step, sizes, ctx.counts, wanted)
+        self.back: Backward = backward_of(ctx.step, sizes, ctx.counts, wanted, stored)
         self.hidden = [k for k in range(held) if k not in self.outputs] \
             if any(k not in self.outputs for k in self.back.histories) else []
 
@@ -107,7 +111,8 @@ class _Walk:
         held, read, fixed = self.counts
         back, like = self.back, self.carries[0]
         spans = self._spans(self.steps if whole else self._chunk())
-        carried = [*self.grads[:held], *(like.new_zeros(size) for size in back.sums)]
+        carried = [self.grads[k] for k in range(held)]
+        carried += [like.new_zeros(size) for size in back.sums]
         names = [f"to_slice_{k}" for k in range(read)]
         parts: dict[str, list[Tensor]] = {}
         totals: dict[int, Tensor] = {}
@@ -206,8 +211,8 @@ class _Walk:
         known, _ = self._histories(span)
         own = {f"history_{k}" for k in self.hidden}
         known |= {f"slice_{k}": t[span.start : span.stop] for k, t in enumerate(self.slices)}
-        known |= {f"grad_{k}": t[span.start : span.stop]
-                  for k, t in enumerate(self.grads[held:])}
+        known |= {f"grad_{k - held}": t[span.start : span.stop]
+                  for k, t in self.grads.items() if k >= held}
         known |= {f"invariant_{k}": t.expand(steps, *t.shape)
                   for k, t in enumerate(self.invariants)}
         if back.before:

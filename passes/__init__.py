@@ -15,6 +15,7 @@ from .lower_scans import LowerScans
 from .parallelize_recurrence import ParallelizeRecurrence
 from .reroll_loops import RerollLoops
 from .slice_indices import SliceIndices
+from .store_carries import StoreCarries
 from .vectorize_patches import VectorizePatches
 
 ORDER: tuple[Pass, ...] = (
@@ -28,6 +29,7 @@ ORDER: tuple[Pass, ...] = (
     ApproximateGelu(),  # one gelu over all steps, not one for each
     ParallelizeRecurrence(),  # of running sums whose terms are batched now
     FuseRecurrences(),  # before what only saves calls, which a kernel has none of
+    StoreCarries(),  # for the backward of those kernels
     FuseIterations(),  # of batched and lowered products, before their sums are taken apart
     FuseMultiplyAdd(),  # after attention, whose mask is an addition
     LowerScans(),  # last: what is still a scan runs as a loop
