@@ -7,15 +7,9 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import random
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -25,16 +19,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .builder import storage
 from .cases import copied, flat, flat_outputs
-from .constants import ConstantAnswers, as_lists
+from .constants import ConstantAnswers
 from .contract import Seen, visible
-from .facts import TORCH
 from .fakes import FakeTensors
-from .functions import Function, NoOperator, called
 from .normal_form import UnsupportedRegion, normalize
 from .refused import CaptureError, refuse_constants, refuse_layouts, refuse_modules
 from .state import (
@@ -48,16 +40,11 @@ from .state import (
     fresh_state,
     model_state,
     note_assigned,
+    python_generators,
     swapped,
 )
-from .turns import TRACING
+from .tracing import refuse_hook, tracing, user_frames
 from .untracked import Functional
-
-OWN = str(__file__).rsplit("/", 1)[0]
-FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
-DATA_OF: Any = vars(torch._C._autograd)["_get_data_attr"]
-CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
-_tracer: list[int] = []  # the thread that traces a model
 
 
 @dataclass(frozen=True)
@@ -114,21 +101,8 @@ def capture(
     places = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, (Tensor, torch.SymInt)))
     trace = _Trace(model, flat, spec, places, state)
     fakes = _fakes(mode, [*(s.get() for s in state), *trace.inputs])
-    drawn = random.getstate(), _numpy_state()
-    with TRACING, _tracing(), mock.patch.object(
-        torch.autograd.Function, "apply", classmethod(_in_this_thread(_by_operator, FUNCTION))
-    ), mock.patch.object(
-        Tensor, "register_hook", _in_this_thread(_refuse_hook, Tensor.register_hook)
-    ), mock.patch.object(
-        PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames
-    ), mock.patch.object(torch.fx.proxy, "CapturedTraceback", _UserStack), mock.patch.object(
-        FunctionalTensor, "tolist", as_lists
-    ), mock.patch.object(
-        torch._C._autograd, "_get_data_attr", _in_this_thread(  # what Dynamo makes of `.data`
-            Tensor.detach, DATA_OF)
-    ), mock.patch.object(torch.inference_mode, "__enter__", _in_this_thread(
-        _refuse_inference_mode, ENTER)
-    ):
+    drawn = python_generators()
+    with tracing():
         try:
             with mode, enable_python_dispatcher():
                 graph_module = make_fx(
@@ -146,7 +120,7 @@ def capture(
         raise CaptureError("forward hands an object to an operation, such as a torch.Generator, "
                            "which has no place in a graph")
     assert trace.output_spec is not None
-    if (random.getstate(), _numpy_state()) != drawn:
+    if python_generators() != drawn:
         raise CaptureError("forward draws random numbers from Python or NumPy, which would be "
                            "constants of a graph; draw them with torch")
     _refuse_writes(trace)
@@ -173,52 +147,6 @@ def _lost(trace: _Trace, graph_module: GraphModule) -> CaptureError | None:
         "forward writes to a tensor that has a gradient, under no_grad or through `.data` or "
         "`detach()`; it keeps that gradient in PyTorch, and would lose it in a graph",
         user_frames(frames))
-
-
-def _numpy_state() -> Any:
-    """The state of NumPy's generator, where somebody has imported it."""
-    numpy = sys.modules.get("numpy")
-    return None if numpy is None else pickle.dumps(numpy.random.get_state())
-
-
-@contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    _tracer.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        _tracer.pop()
-
-
-def is_traced() -> bool:
-    """Whether this thread traces a model."""
-    return threading.get_ident() in _tracer
-
-
-def _in_this_thread(while_tracing: Callable[..., Any], else_: Callable[..., Any]) -> Any:
-    """What takes a function's place for the thread that traces; others run as before."""
-    me = threading.get_ident()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return (while_tracing if threading.get_ident() == me else else_)(*args, **kwargs)
-
-    return run
-
-
-def _refuse_inference_mode(mode: Any) -> Any:
-    """The tracer itself enters it too, from PyTorch's own files."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename == CONTEXTS:  # a decorator
-        frame = frame.f_back
-    if frame is not None and frame.f_code.co_filename.startswith(TORCH):
-        return ENTER(mode)
-    raise CaptureError("forward enters `torch.inference_mode`, which a graph would not hold; use "
-                       "`torch.no_grad`", user_frames(traceback.extract_stack(frame)))
-
-
-def _refuse_hook(tensor: Tensor, hook: Any) -> Any:
-    raise CaptureError("forward registers a hook on a tensor, which a graph can't keep",
-                       user_frames(traceback.extract_stack(sys._getframe(2))))
 
 
 class _Trace:
@@ -316,7 +244,7 @@ def _run_once(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     """
     before = Attributes(model).contents
     try:
-        with mock.patch.object(Tensor, "register_hook", _refuse_hook):
+        with mock.patch.object(Tensor, "register_hook", refuse_hook):
             run_on_copies(model, args, kwargs, restore=False)
         if before.changed():
             filled = Attributes(model).contents
@@ -343,14 +271,6 @@ def _fakes(mode: FakeTensorMode, leaves: Sequence[Any]) -> list[Any]:
     return fakes
 
 
-def _by_operator(kind: Function, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return called(kind, *args, **kwargs)
-    except NoOperator as reason:
-        raise CaptureError(f"forward uses the custom autograd function {kind.__name__}, whose "
-                           f"backward a graph would lose: {reason}") from reason
-
-
 def _refuse_writes(trace: _Trace) -> None:
     """Writes that a graph could not repeat faithfully."""
     held = len(trace.state)
@@ -375,34 +295,6 @@ def _from_functional(leaf: Any) -> Any:
         return leaf
     torch._sync(leaf)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(leaf.elem)
-
-
-def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
-    """The frames of the model's own source: without torch's and without ours."""
-    kept = [f for f in frames if not f.filename.startswith((TORCH, OWN, "<"))]
-    inside = [i for i, f in enumerate(frames) if f.filename == __file__]
-    if inside:
-        after = set(map(id, frames[inside[-1]:]))
-        kept = [f for f in kept if id(f) in after]
-    return traceback.StackSummary.from_list(kept)
-
-
-class _UserStack:
-    """In place of torch's recorder of stacks: the model's own frames alone, which are few."""
-
-    extract = staticmethod(lambda: _UserStack)
-
-    @staticmethod
-    def summary() -> traceback.StackSummary:
-        found: list[traceback.FrameSummary] = []
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename != __file__:
-            code = frame.f_code
-            if not code.co_filename.startswith((TORCH, OWN, "<")):
-                found.append(traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name,
-                                                    lookup_line=False))
-            frame = frame.f_back
-        return traceback.StackSummary.from_list(reversed(found))
 
 
 def _explained(error: Exception) -> CaptureError:

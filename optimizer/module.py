@@ -16,7 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, capture, is_traced
+from .capture import Capture, capture
 from .cases import copied
 from .contract import ContractError
 from .every_length import ComparedLengths, Make, optimize_family
@@ -38,6 +38,7 @@ from .rewritten import Rewritten, share
 from .select import Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
 from .state import graphs_cut_off, unseen
+from .tracing import is_traced
 from .turns import Turns
 
 MOST_SIGNATURES = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import sys
 import weakref
@@ -307,13 +308,18 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(contents)
 
 
+def python_generators() -> tuple[Any, bytes | None]:
+    """The states of Python's generator and of NumPy's, where somebody has imported it."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else pickle.dumps(numpy.random.get_state())
+
+
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """Runs of a model that its caller does not notice: the random generators of PyTorch, Python
     and NumPy are put back. Nor do they follow the caller's inference mode, anomaly mode and hooks
     on saved tensors (`torch.utils.checkpoint` counts what is saved)."""
-    numpy = sys.modules.get("numpy")
-    before = random.getstate(), numpy and numpy.random.get_state()
+    python, numpy = python_generators()
     autograd: Any = torch._C._autograd
     hooks = []
     while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
@@ -326,9 +332,9 @@ def unseen() -> Iterator[None]:
     finally:
         for pair in reversed(hooks):
             autograd._push_saved_tensors_default_hooks(*pair)
-        random.setstate(before[0])
+        random.setstate(python)
         if numpy is not None:
-            numpy.random.set_state(before[1])
+            sys.modules["numpy"].random.set_state(pickle.loads(numpy))
 
 
 @contextlib.contextmanager

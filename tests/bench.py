@@ -1,9 +1,9 @@
 """`make bench`: every model at its full size, naive, by hand, and by looplift, each compiled too.
 
-One row is one model at one size, measured in a process of its own: one interleaved run for
-inference and one for training, ratios to naive with their spread, peak memory, and the time
-that optimizing took. torch.compile joins where the naive graph is small enough to compile
-within the time given (`--compile-nodes`); its compile time is in the table.
+One row is one model at one size in one mode, measured in a process of its own, since what others
+left on the heap may be in its way: one interleaved run, ratios to naive with their spread, peak
+memory, and the time that optimizing took. torch.compile joins where the naive graph is small enough
+to compile within the time given (`--compile-nodes`); its compile time is in the data.
 
 This is a benchmark: it asserts nothing. The table goes to the screen, all data to
 build/bench.json.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ class Row:
 
 BY_HAND = {"Gru": "GruByHand", "Evolution": "EvolutionByHand"}  # of the recurrent models
 AT_ONCE = {"Evolution": "EvolutionAtOnce"}  # by PyTorch's associative_scan
+LONGER = {"Gru": (512,), "SelectiveScan": (1024,), "Evolution": (4096,)}  # lengths, beside 64, 256
 ROWS = (
     Row("eigenstate T=128", "eigenstate", input_options=(("length", 128),)),
     Row("eigenstate T=1024", "eigenstate", input_options=(("length", 1024),)),
@@ -66,11 +68,11 @@ ROWS = (
       for name in ("Gru", "Lstm", "GatedDeltaRule", "GatedLinearAttention", "Rwkv4", "Rwkv6",
                    "SelectiveScan", "MatrixLstm", "Spiking", "RunningStatistics", "NeuralOde",
                    "Evolution")
-      for length in ((64, 256, 4096) if name == "Evolution" else (64, 256))),
+      for length in (64, 256, *LONGER.get(name, ()))),
 )
 
 
-def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list[str],
+def measure(row: Row, size: str, compile_nodes: int, seconds: float, mode: str,
             scans: bool) -> Any:
     """One row's data; run in its own process."""
     import looplift
@@ -87,10 +89,10 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
         hand.load_state_dict(naive.state_dict())
     inputs = getattr(module, row.inputs)(size, **dict(row.input_options))
     start = time.perf_counter()
-    fast = looplift.apply_passes(naive, inputs, mode="both" if len(modes) > 1 else modes[0])
+    fast = looplift.apply_passes(naive, inputs, mode=mode)
     data: dict[str, Any] = {"row": asdict(row), "size": size,
                             "optimize_seconds": time.perf_counter() - start,
-                            "report": fast.report.to_dict(), "comparisons": []}
+                            "report": fast.report.to_dict()}
     by_hand = {} if hand is None else {"by hand": hand}
     models: dict[str, Any] = {"naive": naive, **by_hand, "looplift": fast}
     nodes = max((m["nodes"][0] for m in data["report"]["modes"]), default=0)
@@ -109,14 +111,11 @@ def measure(row: Row, size: str, compile_nodes: int, seconds: float, modes: list
             compiled["associative_scan compiled"] = torch.compile(at_once)
     for name, model in compiled.items():
         start = time.perf_counter()
-        for mode in modes:
-            call(model, inputs, {}, mode == "training")()
+        call(model, inputs, {}, mode == "training")()
         data[f"{name} seconds"] = time.perf_counter() - start
     models |= compiled
-    for mode in modes:
-        data["comparisons"] += [asdict(c) for c in
-                                compare_all(models, inputs, mode=mode, seconds=seconds)]
-    return data
+    [comparison] = compare_all(models, inputs, mode=mode, seconds=seconds)
+    return data | {"comparison": asdict(comparison)}
 
 
 def table(rows: list[Any]) -> Any:
@@ -129,22 +128,22 @@ def table(rows: list[Any]) -> Any:
                    "looplift c.", "scan c.", "assoc. c.", "memory", "noise", "optimize"):
         made.add_column(column, justify="left" if column in ("model", "mode") else "right")
     for data in rows:
-        for comparison in data["comparisons"]:
-            by_name = {t["name"]: t for t in comparison["timings"]}
+        comparison = data["comparison"]
+        by_name = {t["name"]: t for t in comparison["timings"]}
 
-            def ratio(name: str, by_name: dict[str, Any] = by_name) -> str:
-                return f"{by_name[name]['ratio']:.2f}x" if name in by_name else "–"
+        def ratio(name: str, by_name: dict[str, Any] = by_name) -> str:
+            return f"{by_name[name]['ratio']:.2f}x" if name in by_name else "–"
 
-            ours, naive = by_name["looplift"], by_name["naive"]
-            memory = ours["memory"] / max(naive["memory"], 1)
-            made.add_row(
-                data["row"]["name"], comparison["mode"], duration(naive["seconds"]),
-                ratio("by hand"), ratio("looplift"), f"{ours['low']:.2f}–{ours['high']:.2f}",
-                ratio("naive compiled"), ratio("by hand compiled"), ratio("looplift compiled"),
-                ratio("scan compiled"), ratio("associative_scan compiled"),
-                f"{memory:.2f}x of {size(naive['memory'])}", f"{comparison['noise']:.0%}",
-                f"{data['optimize_seconds']:.0f} s",
-            )
+        ours, naive = by_name["looplift"], by_name["naive"]
+        memory = ours["memory"] / max(naive["memory"], 1)
+        made.add_row(
+            data["row"]["name"], comparison["mode"], duration(naive["seconds"]),
+            ratio("by hand"), ratio("looplift"), f"{ours['low']:.2f}–{ours['high']:.2f}",
+            ratio("naive compiled"), ratio("by hand compiled"), ratio("looplift compiled"),
+            ratio("scan compiled"), ratio("associative_scan compiled"),
+            f"{memory:.2f}x of {size(naive['memory'])}", f"{comparison['noise']:.0%}",
+            f"{data['optimize_seconds']:.0f} s",
+        )
     return made
 
 
@@ -163,15 +162,15 @@ def main() -> None:
     if given.one is not None:
         row = next(r for r in ROWS if r.name == given.one)
         print(json.dumps(measure(row, given.size, given.compile_nodes, given.seconds,
-                                 given.modes, given.scans)))
+                                 given.modes[0], given.scans)))
         return
     chosen = [r for r in ROWS if not given.rows or any(g in r.name for g in given.rows)]
     done = []
-    for row in chosen:
-        print(f"… {row.name}", file=sys.stderr, flush=True)
+    for row, mode in itertools.product(chosen, given.modes):
+        print(f"… {row.name}, {mode}", file=sys.stderr, flush=True)
         finished = subprocess.run(
             [sys.executable, __file__, "--one", row.name, "--size", given.size, "--compile-nodes",
-             str(given.compile_nodes), "--seconds", str(given.seconds), "--modes", *given.modes,
+             str(given.compile_nodes), "--seconds", str(given.seconds), "--modes", mode,
              *["--scans"] * given.scans],
             stdout=subprocess.PIPE, text=True, check=False,
         )
