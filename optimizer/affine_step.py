@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from .facts import aten, behind, is_tensor, shape, value
 from .parallel_scan import LARGEST, LINEAR, LOG_SUM, SEMIRINGS, SMALLEST, Semiring, running, solve
 from .parallel_scan import before as states_before
 from .pointwise import SAME, Unsupported, constant
-from .step import Counts, Sizes, aside, functional_graph, over_steps, step_function
+from .step import Counts, Sizes, functional_graph, over_steps, remembered, step_function
 
 MOST = 4  # carries that depend on one another: products of their matrices grow with the cube
 Value = Node | float  # what is known without the recurrence
@@ -280,14 +280,13 @@ class AtOnce:
         return [*(finals[k] for k in range(held)), *(made[n] for n in self.results[held:])]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def at_once(
     step: str, sizes: tuple[Sizes, ...], counts: Counts
 ) -> AtOnce | Unsupported:
     """How all steps run at once, or why they can't."""
     try:
-        graph_module = aside(lambda: functional_graph(step_function(step), sizes, KEPT))
-        return _plan(graph_module, counts)
+        return _plan(functional_graph(step_function(step), sizes, KEPT), counts)
     except Unsupported as error:
         return error
 

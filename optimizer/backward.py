@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, behind, shape
 from .joint import joint
-from .step import Counts, Sizes, aside, placed
+from .step import Counts, Sizes, placed, remembered
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
@@ -83,14 +83,14 @@ class Backward:
         return sorted(int(n.removeprefix("history_")) for n in names if n.startswith("history_"))
 
 
-@lru_cache(maxsize=256)
+@remembered
 def backward_of(
     step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...],
     without: frozenset[int] = frozenset(),
 ) -> Backward:
     """The backward of a step on arguments of `sizes`, as far as their gradients are `wanted`,
     where the outputs of the numbers `without` have none themselves."""
-    graph_module, present = aside(lambda: joint(step, sizes, counts, wanted, without))
+    graph_module, present = joint(step, sizes, counts, wanted, without)
     return _Division(graph_module, counts, present).made()
 
 

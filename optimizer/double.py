@@ -29,6 +29,10 @@ LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 PROMOTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.rsub.Scalar,
              aten.pow.Tensor_Scalar)  # of a mask or integers and a number: the default dtype
 
+DRAWING = {aten.rand, aten.randn, aten.rand_like, aten.randn_like, aten.normal_functional,
+           aten.normal_, aten.uniform_, aten.exponential_, aten.cauchy_, aten.log_normal_,
+           aten.geometric_, aten.normal, aten.uniform, aten.bernoulli, aten.poisson}
+
 
 class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes in float64 also where a program names a narrower dtype.
@@ -45,6 +49,8 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and func.overloadpacket in DRAWING:
+            return self._drawn(func, args, kwargs)
         if not kwargs and not any(map(_may_be_narrow, args)) and func not in LIFTED:
             result = func(*args)  # most operations of a loop: no tree is walked for them
             if isinstance(result, Tensor) and result.dtype in WIDER and func in PROMOTING:
@@ -63,6 +69,21 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
             wide, kwargs = pytree.tree_map_only(Tensor, doubled, (wide, kwargs))
         result = func(*wide, **kwargs)
         return doubled(result) if isinstance(result, Tensor) and not in_place else result
+
+
+    def _drawn(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Random numbers, drawn in the program's own dtype: in another they are others."""
+        if self.narrow in WIDER:
+            wide = WIDER[self.narrow]
+            if kwargs.get("dtype") is wide:
+                kwargs = {**kwargs, "dtype": self.narrow}
+            made = func(*(a.to(self.narrow) if isinstance(a, Tensor) and a.dtype is wide else a
+                          for a in args), **kwargs)
+        else:
+            made = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return args[0] if made is args[0] else args[0].copy_(made)
+        return doubled(made)
 
 
 def _may_be_narrow(arg: Any) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import cast
 
 from torch import Tensor
@@ -34,7 +33,7 @@ from .kernel_loops import (
 )
 from .kernel_source import AXES, COMMON, ENTRIES, LANES, ROWS
 from .pointwise import CPP, Unsupported, is_mask
-from .step import Counts, Sizes, moving, traced
+from .step import Counts, Sizes, moving, remembered, traced
 from .writer import View, Writer
 
 MOST_BYTES = 1 << 21  # of buffers in one task: a core's cache
@@ -67,7 +66,7 @@ class Kernel:
     overwrites: dict[int, int]
 
 
-@lru_cache(maxsize=512)
+@remembered
 def kernel(
     source: str, sizes: tuple[Sizes, ...], counts: Counts, lane_number: int | None,
     spent: frozenset[int] = frozenset(),
@@ -99,7 +98,7 @@ def layout(
     return Layout(tuple(parts), axes.inner(node), (*free, *bound, *last), bool(last))
 
 
-@lru_cache(maxsize=512)
+@remembered
 def free_parts(source: str, sizes: tuple[Sizes, ...], carries: int) -> tuple[Axes, list[Node]]:
     """The axes of a step's values, and the nodes of its arguments and results."""
     axes = Axes(traced(source, sizes).graph, carries)

@@ -6,7 +6,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from .kernel import Kernel, Layout, free_parts, kernel, layout
 from .kernel_loops import contiguous
 from .kernel_source import AXES
 from .pointwise import Unsupported
-from .step import Counts, Sizes, moving
+from .step import Counts, Sizes, moving, remembered
 
 RECORD = 3 + AXES  # numbers of one argument: its address, step, pitch and strides
 
@@ -44,7 +43,7 @@ def step_sizes(
     return tuple(tuple(map(int, shape)) for shape in shapes)  # a step is of known sizes
 
 
-@lru_cache(maxsize=512)
+@remembered
 def kernel_for(
     step: str, given: tuple[Lie, ...], counts: Counts, spent: frozenset[int] = frozenset()
 ) -> Kernel:
@@ -131,7 +130,7 @@ class Plan:
         return numbers, results, tensors
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def plan(
     step: str, shapes: tuple[tuple[Sizes, Sizes], ...], counts: Counts, itemsize: int,
     axes: tuple[int, ...], reverse: bool, spent: frozenset[int],

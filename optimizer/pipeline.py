@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -18,6 +19,8 @@ from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
 from .turns import TRACING
 from .waste import last_steps_apart
+
+log = logging.getLogger(__name__)
 
 MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
 
@@ -119,7 +122,14 @@ def _run_pass(
     for _ in range(MOST_ROUNDS):
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        for proposal in list(one.propose(Facts(graph, training))):
+        try:
+            proposals = list(one.propose(Facts(graph, training)))
+        except Exception as raised:
+            log.exception("the pass %s failed; the others go on", one.name)
+            reason = f"failed to propose ({type(raised).__name__}: {raised})"
+            outcome.skips += [s for s in [Skip(one.name, reason)] if s not in outcome.skips]
+            return
+        for proposal in proposals:
             if isinstance(proposal, Skip):
                 skips.append(proposal)
             elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:

@@ -7,9 +7,9 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import _lru_cache_wrapper, lru_cache, partial, wraps
 from textwrap import dedent
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .turns import TRACING
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
     "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched",
     "FuncTorchVmapMode")]
+R = TypeVar("R")
 Step = Callable[..., list[Tensor]]
 Sizes = tuple[int, ...]
 Counts = tuple[int, int, int]  # of carries, slices and invariants
@@ -46,6 +47,33 @@ def placed(source: str, first: str, dtype: torch.dtype) -> str:
     return re.sub(r"torch\.device\([^()]*\)", f"{first}.device", source)
 
 
+class _Aside(threading.local):
+    inside = False  # a call of `aside`, which holds the turn to trace
+
+
+_aside = _Aside()
+
+
+def aside(function: Callable[[], Any]) -> Any:
+    """A function's result, in a thread of its own: the modes and keys that dispatch operators
+    for the caller, who may be tracing or differentiating, do not count there."""
+    turn = contextlib.nullcontext() if _aside.inside else TRACING
+    with turn, ThreadPoolExecutor(1, initializer=partial(setattr, _aside, "inside", True)) as pool:
+        return pool.submit(function).result()
+
+
+def remembered(function: Callable[..., R]) -> _lru_cache_wrapper[R]:
+    """A function of a step's source and sizes, computed once, `aside`: the modes of whoever asks
+    first, which may copy what is a view or have no values, would count for all who ask later."""
+
+    @lru_cache(maxsize=512)
+    @wraps(function)
+    def found(*args: Any, **kwargs: Any) -> R:
+        return cast(R, aside(partial(function, *args, **kwargs)))
+
+    return found
+
+
 @lru_cache(maxsize=256)
 def step_function(source: str) -> Step:
     """The function that `source` defines."""
@@ -54,10 +82,10 @@ def step_function(source: str) -> Step:
     return scope["step"]  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def traced(source: str, sizes: tuple[Sizes, ...]) -> GraphModule:
     """The step in core operations, on arguments of these sizes."""
-    made: GraphModule = aside(lambda: functional_graph(step_function(source), sizes))
+    made = functional_graph(step_function(source), sizes)
     _tabulate(made)
     return made
 
@@ -98,21 +126,6 @@ def _evaluated(node: Node, known: Mapping[Node, Sequence[Tensor]], wide: bool) -
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
     made: Tensor = cast(OpOverload, node.target)(*args, **kwargs)
     return made
-
-
-class _Aside(threading.local):
-    inside = False  # a call of `aside`, which holds the turn to trace
-
-
-_aside = _Aside()
-
-
-def aside(function: Callable[[], Any]) -> Any:
-    """A function's result, in a thread of its own: the modes and keys that dispatch operators
-    for the caller, who may be tracing or differentiating, do not count there."""
-    turn = contextlib.nullcontext() if _aside.inside else TRACING
-    with turn, ThreadPoolExecutor(1, initializer=partial(setattr, _aside, "inside", True)) as pool:
-        return pool.submit(function).result()
 
 
 def over_steps(function: Callable[..., Any], moves: Sequence[bool], args: Sequence[Tensor]) -> Any:
@@ -165,7 +178,7 @@ def reshaped(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
-@lru_cache(maxsize=256)
+@remembered
 def differentiable(
     source: str, sizes: tuple[Sizes, ...], carries: int, wanted: tuple[bool, ...], steps: int
 ) -> tuple[bool, ...]:
@@ -182,7 +195,7 @@ def differentiable(
 
     states, rest, outputs = list(wanted[:carries]), wanted[carries:], []
     for _ in range(steps):
-        made: list[bool] = aside(partial(results, [*states, *rest]))
+        made = results([*states, *rest])
         states = made[:carries]
         outputs.append(made[carries:])
     return (*states, *(any(of_steps) for of_steps in zip(*outputs, strict=True)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -23,7 +22,7 @@ from .facts import aten
 from .kernel import free_parts
 from .kernel_loops import contiguous
 from .pointwise import COMMON, Language, Unsupported, is_mask
-from .step import Counts, Sizes, moving
+from .step import Counts, Sizes, moving, remembered
 from .writer import View, Writer
 
 MOST = 1 << 15  # numbers of one value in a program: 128 registers of each of 256 threads
@@ -100,7 +99,7 @@ class TritonKernel:
     warps: int
 
 
-@lru_cache(maxsize=512)
+@remembered
 def triton_kernel(source: str, sizes: tuple[Sizes, ...], counts: Counts) -> TritonKernel:
     """The kernel of a step on arguments of `sizes`; raises `Unsupported` with a reason."""
     if not all(map(math.prod, sizes)):

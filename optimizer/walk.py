@@ -19,7 +19,15 @@ from torch import Tensor
 
 from .backward import Backward, Term, backward_of
 from .packing import step_sizes
-from .step import Counts, Sizes, differentiable, over_steps, step_function, traced
+from .step import (
+    Counts,
+    Sizes,
+    differentiable,
+    over_steps,
+    remembered,
+    step_function,
+    traced,
+)
 
 CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
@@ -29,14 +37,14 @@ Tensors = Sequence[Tensor]
 Scan = Callable[[str, Tensors, Tensors, Tensors, Sequence[int], bool, frozenset[int]], list[Tensor]]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def result_sizes(step: str, sizes: tuple[Sizes, ...]) -> list[Sizes]:
     """The sizes of what a step returns."""
     found: Any = traced(step, sizes).graph.output_node().args[0]
     return [tuple(n.meta["val"].shape) for n in found]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def shown(step: str, sizes: tuple[Sizes, ...], held: int) -> dict[int, tuple[int, bool]]:
     """The carries that a step returns: by number the output, and if it is the carry after it."""
     graph = traced(step, sizes).graph

@@ -37,7 +37,7 @@ from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.unroll import inner_trips
 
-FEW = 16  # steps: a kernel takes seconds to build
+FEW = 8  # steps: a kernel takes seconds to build
 FEWEST = 5  # iterations on one value: Newton–Schulz has no more
 
 

@@ -31,7 +31,7 @@ from ..optimizer.axes import PERMUTES, PRODUCTS, RESHAPES
 from ..optimizer.backward import backward_of
 from ..optimizer.builder import Builder
 from ..optimizer.distribute import replacing
-from ..optimizer.facts import Facts, aten, behind, is_kernel, shape, source_line, value
+from ..optimizer.facts import Facts, aten, behind, is_kernel, is_tensor, shape, source_line, value
 from ..optimizer.packing import step_sizes
 from ..optimizer.pointwise import SAME
 from ..optimizer.rewrite import Rewrite, Skip
@@ -91,13 +91,13 @@ def work(step: str, sizes: tuple[Sizes, ...], carries: Sequence[int]) -> float:
 
 def operations(node: Node) -> int:
     """About how many operations on numbers a node of a step is."""
-    if node.op != "call_function" or node.target in FREE:
+    if not isinstance(node.target, OpOverload) or node.target in FREE or not is_tensor(node):
         return 0
     count = math.prod(shape(node))
     if node.target in PRODUCTS:
         return count * shape(node.all_input_nodes[0])[-1]
-    target = cast(OpOverload, node.target)
-    is_function = Tag.pointwise in target.tags and target.overloadpacket not in SIMPLE
+    is_function = Tag.pointwise in node.target.tags \
+        and node.target.overloadpacket not in SIMPLE
     return count * (FUNCTION if is_function else 1)
 
 

@@ -84,6 +84,7 @@ def examined(name: str, length: int, seconds: float = 0.0) -> Row:
         row.nodes = mode.nodes
         row.declined += [f"{mode.mode}, {d.pass_name} at {d.where}: {d.reason}"
                          for d in mode.declined]
+        row.crashed |= any("failed to propose" in d.reason for d in mode.declined)
     if row.rewrites and seconds:
         for compared in compare_all({"naive": model, "looplift": fast}, inputs, seconds=seconds):
             naive, ours = compared.timings

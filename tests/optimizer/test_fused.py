@@ -10,6 +10,7 @@ import pytest
 import torch
 from looplift.optimizer import fused, walk
 from looplift.optimizer.compiled import compiled
+from looplift.optimizer.double import Width, computing
 from looplift.optimizer.fused import build_kernel, fused_scan, scan_operator
 from looplift.optimizer.kernel import kernel
 from looplift.optimizer.loop import plain_loop
@@ -17,6 +18,7 @@ from looplift.optimizer.packing import kernel_for
 from looplift.optimizer.pointwise import Unsupported
 from looplift.optimizer.step import step_function, traced
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 GATED = """
@@ -529,3 +531,19 @@ def test_without_a_header_compiled_beforehand_kernels_are_built() -> None:
                     side_effect=OSError("no space")) as header:
         build_kernel(step, [random(3)], [random(4, 3), random(4, 3)], [random(3)])
     assert header.call_count <= 1  # none where an earlier run has left the kernel
+
+
+def test_a_kernel_is_the_same_whatever_modes_are_on_when_it_is_first_asked_for() -> None:
+    """One that copies views, and one without values."""
+    step = "def step(h, x):\n    apart = torch.cat([h[:, 1::2], h[:, ::2]], 1)\n" \
+        "    padded = torch.nn.functional.pad(h[:, :-1], (1, 0), value=-3.0)\n" \
+        "    h = torch.tanh(apart * {} + padded + x)\n" \
+        "    return [h]\n"
+    h, x = random(3, 4, grad=True), random(5, 3, 4, grad=True)
+    for number, mode in (("0.25", computing(Width.DOUBLE, None)), ("0.125", FakeTensorMode())):
+        source = step.format(number)
+        with mode:
+            given = [torch.ones(t.shape, dtype=t.dtype, requires_grad=True) for t in (h, x)]
+            made = fused_scan(source, given[:1], given[1:], [], [], False)
+            torch.autograd.grad(made[0].sum(), given)
+        same(source, [h], [x], [], 0)

@@ -71,6 +71,23 @@ def raises(build: Builder, node: Node) -> Node:
     raise RuntimeError("not today")
 
 
+@dataclass(frozen=True)
+class Fails:
+    """Raises where it looks."""
+
+    name: ClassVar[str] = "fails"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        raise LookupError("not today")
+
+
+def test_a_pass_that_raises_leaves_the_others_alone() -> None:
+    told = optimized(Fails(), measure=False)
+    assert told["rewrites"]
+    assert [d["reason"] for d in told["declined"] if d["pass_name"] == "fails"] == [
+        "failed to propose (LookupError: not today)"]
+
+
 def optimized(*passes: Any, **options: Any) -> dict[str, Any]:
     fast = looplift.apply_passes(Loop(), (torch.randn(2, 5, 3),), passes=(*ORDER, *passes),
                                  mode="inference", **options)

@@ -807,3 +807,19 @@ def test_what_the_original_does_is_kept_for_a_further_comparison() -> None:
     differs, _ = verify_once(one, nn.Tanh(), (x,), {}, mode="training", seen=seen)
     assert differs is None
     assert calls.call_count == 3
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = [torch.randn_like(x), torch.rand_like(x), torch.empty_like(x).normal_(),
+                 torch.randn(x.shape, dtype=x.dtype), torch.rand(x.shape),
+                 torch.empty(x.shape).uniform_(0, 2), torch.normal(x.new_zeros(40), 1.0),
+                 torch.normal(0.0, torch.ones_like(x)), torch.bernoulli(x.sigmoid())]
+        return nn.functional.dropout(torch.stack([x * noise for noise in drawn]).sin())
+
+
+def test_the_same_random_numbers_are_drawn_in_float64() -> None:
+    """Else the error of a model that draws, against float64, is that of unrelated numbers."""
+    found = verify(Noisy(), Noisy(), (random(40),))
+    assert isinstance(found, Equal)
+    assert 0 < found.naive_error < 1e-5

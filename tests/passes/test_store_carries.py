@@ -98,6 +98,30 @@ def test_skips_steps_that_cost_less_than_memory(equal: Any) -> None:
         "less than storing them"
 
 
+class Turned(nn.Module):
+    """Steps that turn, sort out and pad what they carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            apart = torch.stack([h[:, ::2], h[:, 1::2]], -1).flatten(1)
+            padded = nn.functional.pad(h[:, :-1], (1, 0), value=-3.0)
+            h = torch.tanh(h @ self.weight + apart + h.flip(-1) - padded + x[:, t])
+        return h
+
+
+def test_steps_of_views_and_several_results(equal: Any) -> None:
+    """The first kernel of a step was made under the verifier's mode, which copies views: it read
+    every first number where it was to read every second."""
+    fast = equal(Turned(), (torch.randn(2, STEPS, 4),), mode="training")
+    assert stored(fast) == ["1 of 1 carries are stored for the backward"]
+
+
 def test_it_can_be_left_out(equal: Any) -> None:
     passes = [p for p in looplift.passes.ORDER if p.name != "store-carries"]
     fast = equal(Cells(""), (torch.randn(2, STEPS, 3),), mode="training", passes=passes)
