@@ -71,7 +71,7 @@ def folder_of(name: str) -> str:
 
 
 def test_the_reader_of_imports_reads() -> None:
-    assert "looplift.optimizer.facts" in IMPORTS["looplift.optimizer.capture"]
+    assert "looplift.optimizer.builder" in IMPORTS["looplift.optimizer.capture"]
     assert "looplift.passes.reroll_loops" in IMPORTS["looplift.passes"]
     assert "looplift.optimizer.verify" in IMPORTS["looplift.api"]
     assert IMPORTS["looplift"] == set()
