@@ -72,8 +72,9 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
     def _drawn(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Random numbers, drawn in the program's own dtype: in another they are others."""
-        if self.narrow in WIDER:
+        """Random numbers, drawn in the program's own dtype: in another they are others. (Who brings
+        a generator is not the program.)"""
+        if self.narrow in WIDER and kwargs.get("generator") is None:
             wide = WIDER[self.narrow]
             if kwargs.get("dtype") is wide:
                 kwargs = {**kwargs, "dtype": self.narrow}

@@ -312,16 +312,30 @@ class Raising:
         raise RuntimeError("a bug in a pass")
 
 
-def test_a_pass_that_raises_leaves_the_graph_as_it_was(
+def test_a_pass_that_raises_leaves_the_others_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backend, "ORDER", (*ORDER, Raising()))
+    model = Recurrent()
+    with caplog.at_level(logging.ERROR, logger="looplift"):
+        assert_close(compiled(model, "rendered early")(X), model(X))
+    assert all("the others go on" in record.message for record in caplog.records)
+    assert "a bug in a pass" in str(caplog.records[0].exc_info)
+
+
+def test_a_failure_leaves_the_graph_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("a bug in the pipeline")
+
+    monkeypatch.setattr(backend, "run_passes", fails)
     model = Recurrent()
     with caplog.at_level(logging.ERROR, logger="looplift.backend"):
         assert_close(compiled(model, "rendered early")(X), model(X), rtol=0, atol=0)
     (record,) = caplog.records
     assert "compiled as it was" in record.message
-    assert "a bug in a pass" in str(record.exc_info)
+    assert "a bug in the pipeline" in str(record.exc_info)
 
 
 def test_a_graph_that_cannot_be_captured_is_compiled_as_it_is(

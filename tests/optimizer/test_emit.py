@@ -146,7 +146,7 @@ def parts_beside(x: Tensor) -> Tensor:
     total, parts = x[:, 0].flatten(1), []
     for t in range(x.shape[1]):
         part = x[:, t].flatten(1)
-        total = torch.sin(total + part.exp())
+        total = torch.sin(total + part.sigmoid())
         parts.append(torch.cat([part, total], 1))
     return torch.stack(parts, 1) + total[:, None].repeat(1, 1, 2)
 
