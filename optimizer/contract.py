@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from .builder import Builder, output_node, placeholders, storage
 from .facts import aten, is_kernel, is_op, is_tensor, is_view, value
 from .normal_form import propagate
-from .packing import step_sizes
+from .packing import of_call
 from .walk import shown
 
 STAMP = {"rewritten_by": "contract"}
@@ -260,9 +260,8 @@ def outputs_apart(graph_module: GraphModule, mode: FakeTensorMode) -> None:
 
 def _is_read_back(result: Node) -> bool:
     """Whether the backward of a fused scan reads a result of it."""
-    step, carries, slices, invariants = cast(Any, cast(Node, result.args[0]).args[:4])
-    sizes = step_sizes(*([value(n) for n in nodes] for nodes in (carries, slices, invariants)))
-    held, number = len(carries), cast(int, result.args[1])
+    step, sizes, (held, _, _) = of_call(cast(Node, result.args[0]))
+    number = cast(int, result.args[1])
     return number - held in {output for output, _ in shown(step, sizes, held).values()}
 
 

@@ -49,7 +49,7 @@ class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and func.overloadpacket in DRAWING:
+        if func.overloadpacket in DRAWING:
             return self._drawn(func, args, kwargs)
         if not kwargs and not any(map(_may_be_narrow, args)) and func not in LIFTED:
             result = func(*args)  # most operations of a loop: no tree is walked for them

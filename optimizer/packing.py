@@ -6,11 +6,13 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from .facts import value
 from .kernel import Kernel, Layout, free_parts, kernel, layout
 from .kernel_loops import contiguous
 from .kernel_source import AXES
@@ -41,6 +43,14 @@ def step_sizes(
     shapes = (*(t.shape for t in carries), *(t.shape[1:] for t in slices),
               *(t.shape for t in invariants))
     return tuple(tuple(map(int, shape)) for shape in shapes)  # a step is of known sizes
+
+
+def of_call(call: Node) -> tuple[str, tuple[Sizes, ...], Counts]:
+    """The step that a call of `fused_scan` in a graph runs, its arguments' sizes, how many."""
+    step, *given = cast(Any, call.args[:4])
+    carries, slices, invariants = ([value(n) for n in nodes] for nodes in given)
+    return step, step_sizes(carries, slices, invariants), (
+        len(carries), len(slices), len(invariants))
 
 
 @remembered

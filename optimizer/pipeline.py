@@ -122,14 +122,7 @@ def _run_pass(
     for _ in range(MOST_ROUNDS):
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        try:
-            proposals = list(one.propose(Facts(graph, training)))
-        except Exception as raised:
-            log.exception("the pass %s failed; the others go on", one.name)
-            reason = f"failed to propose ({type(raised).__name__}: {raised})"
-            outcome.skips += [s for s in [Skip(one.name, reason)] if s not in outcome.skips]
-            return
-        for proposal in proposals:
+        for proposal in _proposals(one, Facts(graph, training)):
             if isinstance(proposal, Skip):
                 skips.append(proposal)
             elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:
@@ -152,6 +145,15 @@ def _run_pass(
             reason = f"{rewrite.summary}: could not be built ({type(error).__name__}: {error})"
             outcome.skips.append(Skip(one.name, reason, rewrite.line))
         outcome.applied += [_applied(r) for r in rewrites if r not in errors]
+
+
+def _proposals(one: Pass, facts: Facts) -> list[Rewrite | Skip]:
+    """What a pass proposes; where it raises, a skip that says so."""
+    try:
+        return list(one.propose(facts))
+    except Exception as error:
+        log.exception("the pass %s failed; the others go on", one.name)
+        return [Skip(one.name, f"failed to propose ({type(error).__name__}: {error})")]
 
 
 def _applied(rewrite: Rewrite) -> Applied:

@@ -82,7 +82,7 @@ def _refuse_inference_mode(mode: Any) -> Any:
 
 def refuse_hook(tensor: Tensor, hook: Any) -> Any:
     raise CaptureError("forward registers a hook on a tensor, which a graph can't keep",
-                       user_frames(traceback.extract_stack(sys._getframe(2))))
+                       user_frames(traceback.extract_stack()))
 
 
 def _by_operator(kind: Function, *args: Any, **kwargs: Any) -> Any:

@@ -31,8 +31,8 @@ from ..optimizer.axes import PERMUTES, PRODUCTS, RESHAPES
 from ..optimizer.backward import backward_of
 from ..optimizer.builder import Builder
 from ..optimizer.distribute import replacing
-from ..optimizer.facts import Facts, aten, behind, is_kernel, is_tensor, shape, source_line, value
-from ..optimizer.packing import step_sizes
+from ..optimizer.facts import Facts, aten, behind, is_kernel, is_tensor, shape, source_line
+from ..optimizer.packing import of_call
 from ..optimizer.pointwise import SAME
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.step import Sizes, step_function, traced
@@ -53,12 +53,9 @@ class StoreCarries:
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for node in filter(is_kernel, facts.operations if facts.training else ()):
-            step, carries, slices, invariants = cast(Any, node.args[:4])
-            sizes = step_sizes(*([value(n) for n in nodes]
-                                 for nodes in (carries, slices, invariants)))
-            counts = len(carries), len(slices), len(invariants)
+            step, sizes, counts = of_call(node)
             back = backward_of(step, sizes, counts, (True,) * len(sizes))
-            hidden = [k for k in range(len(carries)) if k not in shown(step, sizes, len(carries))]
+            hidden = [k for k in range(counts[0]) if k not in shown(step, sizes, counts[0])]
             read = [k for k in hidden if k in back.histories]
             if not read:
                 continue

@@ -384,6 +384,13 @@ def exchanges_data(m: Any, x: Tensor) -> Tensor:
     return torch.mul(x, m.count)
 
 
+def hooks_a_tensor(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = x * m.weight.sum()
+    if y.requires_grad:
+        y.register_hook(lambda g: g)  # type: ignore[no-untyped-call]
+    return y
+
+
 def in_inference_mode(m: Any, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return x * 2
@@ -418,6 +425,8 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
         in_inference_mode, "forward enters `torch.inference_mode`", "with torch.inference_mode():"),
     "inference mode": (
         torch.inference_mode()(lambda m, x: x * 2), "forward enters `torch.inference_mode`", ""),
+    "a hook on a tensor": (
+        hooks_a_tensor, "forward registers a hook on a tensor", "y.register_hook(lambda g: g)"),
     "a view of what is written to": (view_of_written, "a view of a tensor that it writes to", ""),
 }
 
