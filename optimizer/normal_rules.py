@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from .builder import Builder
 from .cells import CELLS
-from .facts import aten, is_op, shape, value
+from .facts import aten, is_op, shape, source_line, value
 
 FILLED_LIKE: dict[Any, int] = {
     aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: 0}
+NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.mul.Tensor: 1}
 
 
 def _select(node: Node, build: Builder) -> Node | None:
@@ -199,7 +200,26 @@ def _filled_like(node: Node, build: Builder) -> Node | None:
                       device=made.device)
 
 
+def _first_of_a_sum(node: Node, build: Builder) -> Node | None:
+    """`total = 0`, to which a loop adds (or 1, by which it multiplies), as a tensor: the first
+    step is then one like the others. Exact: 0 and 1 are the same number in every dtype."""
+    term, start = node.args[0], node.args[1]
+    if not isinstance(term, Node) or start != NEUTRAL[node.target] or node.kwargs:
+        return None
+    for user in node.users:
+        if is_op(user, node.target) and source_line(user) == source_line(node) \
+                and shape(user) == shape(node) and value(user).dtype == value(node).dtype \
+                and all(isinstance(a, Node) for a in user.args):
+            build.at = next(n for n in node.graph.nodes if n.op != "placeholder")
+            begun = build.call(aten.full.default, list(shape(node)), start,
+                               dtype=value(node).dtype, device=value(node).device)
+            node.args = (begun, term) if user.args[0] is node else (term, begun)
+            return None
+    return None
+
+
 RULES: dict[Any, Callable[[Node, Builder], Node | None]] = {
+    **dict.fromkeys(NEUTRAL, _first_of_a_sum),
     **dict.fromkeys(FILLED_LIKE, _filled_like),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,

@@ -53,8 +53,9 @@ class FuseRecurrences:
                 continue
             fewest = FEWEST if only_iterates(scan) else FEW
             if trips(scan) * max(inner_trips(body_of(scan)), default=1) < fewest:
-                reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
-                yield Skip(self.name, reason, source_line(scan))
+                if not facts.is_body:  # else the loop around it may yet take it into its kernel
+                    reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
+                    yield Skip(self.name, reason, source_line(scan))
                 continue
             found = fusible(scan, build_kernel)
             if isinstance(found, Unsupported):

@@ -40,6 +40,13 @@ def grown(x: Tensor) -> Tensor:
     return made
 
 
+def total(x: Tensor) -> Tensor:
+    made: Any = 0
+    for t in range(x.shape[1]):
+        made = made + x[:, t]
+    return made
+
+
 CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "one of the places that a step wrote": (lambda x: every_other(x)[:, 3:4], X),
     "a place that a step wrote and one beside": (lambda x: every_other(x)[:, 1:3], X),
@@ -54,6 +61,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
         lambda x: torch.slice_scatter(torch.zeros(3, 9), x, 1, 2, 6)[:, 3:5], NUMBERS),
     "a place, read again": (
         lambda x: torch.select_scatter(torch.zeros(3, 9), x[:, 0], 1, 2)[:, 2], NUMBERS),
+    "a sum of a mask that begins as 0": (total, NUMBERS > 5),
+    "the sign of a sum of nothing but -0": (lambda x: torch.signbit(total(x)), -torch.zeros(3, 4)),
 }
 
 

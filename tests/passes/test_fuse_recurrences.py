@@ -640,6 +640,13 @@ def test_short_loops_in_a_step_are_written_out(forward: Forward, without: tuple[
     assert_close(results[1], results[0])
 
 
+def test_a_short_loop_in_a_kernel_is_not_told_of() -> None:
+    told = looplift.apply_passes(Model(solved), (torch.randn(3, 20, 4),), measure=False,
+                                 mode="inference").report.to_dict()
+    assert "fuse-recurrences" in {r["pass_name"] for r in told["rewrites"]}
+    assert not [d for d in told["declined"] if "a kernel is built for" in d["reason"]]
+
+
 def solved_at_length(m: Any, x: Tensor) -> Tensor:
     h = x[:, 0]
     for t in range(x.shape[1]):

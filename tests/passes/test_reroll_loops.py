@@ -171,6 +171,21 @@ def filled_in(m: Any, x: Tensor) -> Tensor:
     return out
 
 
+def from_numbers(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss that begins as Python's 0, a product that begins as 1."""
+    h, loss, product = torch.zeros_like(x[:, 0]), 0, 1
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + x[:, t])
+        loss = loss + h.square().mean()
+        product = (1 + h.abs()) * product
+    return loss, product
+
+
+def builtin_sum(m: Any, x: Tensor) -> Tensor:
+    """Python's own sum begins with 0."""
+    return sum(torch.tanh(m.a(x[:, t])).sum(0) for t in range(x.shape[1]))
+
+
 LOOPS: dict[str, tuple[Forward, int]] = {  # the loop, and its trips on 7 steps
     "recurrence": (recurrence, 7), "reversed": (reversed_reads, 6), "shifted": (shifted_reads, 6),
     "windows": (windows, 3), "iteration": (iteration, 7), "writes": (writes_every_step, 7),
@@ -178,6 +193,7 @@ LOOPS: dict[str, tuple[Forward, int]] = {  # the loop, and its trips on 7 steps
     "two back": (two_steps_back, 4), "peeled": (first_step_peeled, 6), "schedule": (schedule, 6),
     "tables": (tables, 7), "alternating": (alternating, 3), "grid": (rows_and_columns, 6),
     "nested": (rows_of_columns, 7), "ring": (ring, 5), "filled in": (filled_in, 7),
+    "from numbers": (from_numbers, 7), "builtin sum": (builtin_sum, 7),
 }
 
 
