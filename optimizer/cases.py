@@ -24,6 +24,7 @@ class Case:
     seed: int
     odd: bool = False  # NaN or infinities in it: nothing to say in float64
     usual: bool = True  # inputs of a size for which accuracy counts
+    long: bool = False  # it says more the more steps there are
 
 
 def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
@@ -32,11 +33,11 @@ def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
     Random floating inputs have the given ones' mean and spread; random integers stay within
     the range of the given ones, so that an index table stays in range.
     """
-    yield Case(FIRST, inputs, as_they_are, seed)
+    yield Case(FIRST, inputs, as_they_are, seed, long=True)
     for drawn_from in range(seed + 1, seed + 1 + several):
         drawn = drawn_like(inputs, drawn_from)
         yield Case(f"random inputs, seed {drawn_from}", drawn, as_they_are, drawn_from)
-    yield Case("gates near one", drawn_like(inputs, seed), near_one, seed)
+    yield Case("gates near one", drawn_like(inputs, seed), near_one, seed, long=True)
 
 
 def odd_values(inputs: Leaves, seed: int) -> Iterator[Case]:

@@ -22,7 +22,7 @@ from .formula import Lengths, Samples, at
 from .general import NotOneProgram, general
 from .measure import call
 from .rewritten import Rewritten
-from .select import LITTLE, STRUCTURAL, Options, Selection, again, select
+from .select import LITTLE, STRUCTURAL, Example, Options, Selection, again, select
 from .state import state_kept
 from .verdict import Differs, Equal
 from .verify import Seen, verify_once
@@ -31,6 +31,7 @@ QUICK = 0.02  # seconds: choices are measured at the longest length at which a s
 SOON = 0.5  # seconds: where a step takes no more, it is seen first if it is the same program
 FEW = 2000  # operations of a trace that is soon made
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
+BRIEF = 2  # times as long as a length that was not traced: there most cases are verified
 LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shortest
 MOST_LENGTHS = 32  # at which rewrites are carried out anew
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def optimize_family(
     """
     wanted = tuple(n for free in found.frees if (n := free.of(leaves)) is not None)
     chosen_at, seconds = measuring_lengths(model, found, leaves, spec, wanted)
-    growth = prod(w / c for w, c in zip(wanted, chosen_at, strict=True))
+    growth = _growth(chosen_at, wanted)
     exact = options.verify and not options.allow_random_reorder
     if seconds * growth <= SOON and exact and found.holds(wanted):
         plain = [p for p in options.passes if p.name in (options.passes[0].name, STRUCTURAL)]
@@ -69,16 +70,19 @@ def optimize_family(
                             replace(options, passes=tuple(plain)))
         if (differs := folded.differs_at(wanted)) is not None:
             raise NotOneProgram(f"at length {_named(wanted)}: {differs}")
-    short = found.resized(leaves, chosen_at)
-    args, kwargs = pytree.tree_unflatten(short, spec)
-    captured = found.capture(short)
+
+    def example(lengths: Lengths) -> Example:
+        resized = found.resized(leaves, lengths)
+        return Example(found.capture(resized), *pytree.tree_unflatten(resized, spec))
+
+    short, here = _untraced(found), example(chosen_at)
+    brief = example(short) if _growth(short, chosen_at) > BRIEF else None
     # what is little memory at these lengths may be much at those that are wanted
-    little = LITTLE * min(1.0, prod(c / w for c, w in zip(chosen_at, wanted, strict=True)))
+    little = LITTLE * min(1.0, 1 / growth)
     seen: dict[Lengths, Seen] = {}
     made = {}
     for mode in modes:
-        selection = select(model, captured, args, kwargs, options, mode, progress, before,
-                           little)
+        selection = select(model, here, options, mode, progress, before, little, brief)
         folding = options.passes[0].name
         if wrong := [d for d in selection.declined
                      if d.pass_name == folding and d.reason.startswith("differs")]:
@@ -160,9 +164,9 @@ class EachLength:
         Raises `NotOneProgram` where it differs from the model. `seen` keeps what the model does.
         """
         found, selection = self.found, self.selection
-        untraced = tuple(n + 2 * step for n, step in zip(found.first, found.steps, strict=True))
         beyond = tuple(n + 5 * step for n, step in zip(chosen_at, found.steps, strict=True))
-        todo = [untraced, beyond, *_up_to(wanted, beyond, found, selection.mode == "training")]
+        todo = [_untraced(found), beyond]
+        todo += _up_to(wanted, beyond, found, selection.mode == "training")
         try:
             one = self._one_source(chosen_at)
             self._verify(lambda _: one, todo, seen)
@@ -251,7 +255,7 @@ class EachLength:
         mode, double, seconds, before = self.selection.mode, True, 0.0, todo[0]
         unproven = []
         for lengths in todo if self.options.verify else ():
-            growth = prod(n / m for n, m in zip(lengths, before, strict=True))
+            growth = _growth(before, lengths)
             # a model's own backward may take the square of the length
             if mode == "training" and seconds * growth**2 > SLOW:
                 mode = "inference"
@@ -271,16 +275,25 @@ class EachLength:
             self.selection.verdict = replace(verdict, unproven=(*verdict.unproven, *unproven))
 
     def _shortest(self, made: nn.Module) -> Lengths:
-        """The shortest lengths down to which the module is right, although not traced: at each
-        one, the others as they were traced, and where all are the shortest."""
+        """The shortest lengths at which the module is right, although not traced: for each one,
+        the others as they were traced, and where all are the shortest.
+
+        The very shortest of all is tried first; what lies between is compared when it is called.
+        """
         first, frees = self.found.first, self.found.frees
         least = list(first)
         for k, (step, free) in enumerate(zip(self.found.steps, frees, strict=True)):
+            shorter = [(*first[:k], n, *first[k + 1 :])
+                       for n in range(first[k] - step, max(1, free.least) - 1, -step)]
+            if not self.options.verify or not shorter:
+                continue
             end = time.perf_counter() + SLOW
-            while (self.options.verify and time.perf_counter() < end
-                   and least[k] - step >= max(1, free.least)
-                   and self._is_right(made, (*first[:k], least[k] - step, *first[k + 1 :]))):
-                least[k] -= step
+            if self._is_right(made, shorter[-1]):
+                shorter, least[k] = [], shorter[-1][k]
+            for lengths in shorter:
+                if time.perf_counter() > end or not self._is_right(made, lengths):
+                    break
+                least[k] = lengths[k]
         corner = tuple(least)
         return corner if len(first) == 1 or self._is_right(made, corner) else first
 
@@ -344,6 +357,16 @@ def _up_to(
         yield begin
     if wanted != begin and found.holds(wanted):
         yield wanted
+
+
+def _untraced(found: Family) -> Lengths:
+    """Short lengths that were not traced."""
+    return tuple(n + 2 * step for n, step in zip(found.first, found.steps, strict=True))
+
+
+def _growth(before: Lengths, after: Lengths) -> float:
+    """How many times as many steps one is as another."""
+    return prod(a / b for b, a in zip(before, after, strict=True))
 
 
 def _named(lengths: Lengths) -> str:

@@ -35,7 +35,7 @@ from .report import (
     option_data,
 )
 from .rewritten import Rewritten, share
-from .select import Options, Selection, select
+from .select import Example, Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
 from .state import graphs_cut_off, unseen
 from .tracing import is_traced
@@ -237,7 +237,7 @@ class OptimizedModule(nn.Module):
             if seen in known:
                 self._keep(leaves, structure, mode, known[seen])
                 continue
-            selection = select(self.original, captured, args, kwargs, self.options, mode,
+            selection = select(self.original, Example(captured, args, kwargs), self.options, mode,
                                self.progress, lambda: self._signature(leaves, structure))
             self._keep(leaves, structure, mode, selection.module)
             known[seen] = selection.module

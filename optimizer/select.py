@@ -26,7 +26,7 @@ from .rewrite import Pass, Skip
 from .rewritten import Rewritten
 from .state import fresh_state, model_state, state_kept, swapped
 from .verdict import Differs, NotVerified, Verdict
-from .verify import verify
+from .verify import Short, verify
 
 LITTLE = 1 << 24  # bytes of peak memory: what takes less may as well take so much
 STRUCTURAL = "lower-scans"  # not a choice: a scan must be run somehow
@@ -74,6 +74,15 @@ class Declined:
 NOTHING = NotVerified("nothing was rewritten")
 
 
+@dataclass(frozen=True)
+class Example:
+    """A model's program for some inputs, and these inputs."""
+
+    captured: Capture
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+
 def _in_turn(*calls: Callable[[], object]) -> None:
     for each in calls:
         each()
@@ -100,17 +109,16 @@ Progress = Callable[[str], None]
 
 
 def select(
-    model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-    options: Options, mode: str, progress: Progress, before: Callable[[], object],
-    little: float = LITTLE,
+    model: nn.Module, example: Example, options: Options, mode: str, progress: Progress,
+    before: Callable[[], object], little: float = LITTLE, short: Example | None = None,
 ) -> Selection:
     """Rewrite, verify, measure and choose, for `mode` "inference" or "training".
 
     What a call does `before` it runs what was chosen counts as its time. A peak memory below
-    `little` bytes counts as so many.
+    `little` bytes counts as so many. Most cases are verified on the `short` example, where there
+    is one that the same rewrites apply to.
     """
-    return _Selecting(
-        model, captured, args, kwargs, options, mode, progress, before, little).run()
+    return _Selecting(model, example, options, mode, progress, before, little, short).run()
 
 
 def again(captured: Capture, options: Options, selection: Selection) -> Outcome:
@@ -138,12 +146,12 @@ def _in_slabs_of(slab: int | None, passes: Sequence[Pass]) -> Sequence[Pass]:
 
 class _Selecting:
     def __init__(
-        self, model: nn.Module, captured: Capture, args: Sequence[Any], kwargs: dict[str, Any],
-        options: Options, mode: str, progress: Progress, before: Callable[[], object],
-        little: float,
+        self, model: nn.Module, example: Example, options: Options, mode: str,
+        progress: Progress, before: Callable[[], object], little: float, short: Example | None,
     ) -> None:
-        self.before, self.little = before, little
-        self.model, self.captured, self.args, self.kwargs = model, captured, args, kwargs
+        self.before, self.little, self.short = before, little, short
+        self.model, self.captured = model, example.captured
+        self.args, self.kwargs = example.args, example.kwargs
         self.options, self.mode, self.progress = options, mode, progress
         self.rewritten: dict[tuple[frozenset[Group], int | None], Outcome] = {}  # and in slabs
         self.excluded: frozenset[Group] = frozenset()
@@ -205,6 +213,16 @@ class _Selecting:
     def _run(self, passes: Sequence[Pass], excluded: frozenset[Group]) -> Outcome:
         return _run(self.captured, self.options, passes, excluded, self.mode)
 
+    def _in_short(self, outcome: Outcome, passes: Sequence[Pass]) -> Short | None:
+        """The same rewrites on the short example, if they are that."""
+        if self.short is None or self.slab is not None:
+            return None
+        found = _run(self.short.captured, self.options, passes, self.excluded, self.mode)
+        if found.groups != outcome.groups:
+            return None
+        module = Rewritten(self.model, self.short.captured, found.graph_module)
+        return Short(module, self.short.args, self.short.kwargs)
+
     def _passes(self) -> Sequence[Pass]:
         return _in_slabs_of(self.slab, self.options.passes)
 
@@ -214,7 +232,7 @@ class _Selecting:
     def _near_miss(self, skip: Skip) -> Declined:
         return Declined(skip.pass_name, str(skip.line or "?"), skip.reason)
 
-    def _verify(self, outcome: Outcome) -> Verdict:
+    def _verify(self, outcome: Outcome, passes: Sequence[Pass] | None = None) -> Verdict:
         if not self.options.verify:
             return NotVerified("verification was switched off")
         if any(a.reorders_random for a in outcome.applied):
@@ -224,6 +242,7 @@ class _Selecting:
         return verify(
             self.model, self._module(outcome), self.args, self.kwargs, mode=self.mode,
             seed=self.options.seed, tolerance=tolerance, approximate=approximate,
+            short=self._in_short(outcome, passes or self._passes()),
         )
 
     def _verified(self, outcome: Outcome) -> tuple[Outcome, Verdict]:
@@ -250,7 +269,7 @@ class _Selecting:
         for count, name in enumerate(names[:-1], start=1):
             first = [p for p in self._passes() if p.name in (*names[:count], STRUCTURAL)]
             partial = self._run(first, self.excluded)
-            if isinstance(self._verify(partial), Differs):
+            if isinstance(self._verify(partial, first), Differs):
                 return name
         return names[-1] if names[-1] != STRUCTURAL or len(names) == 1 else names[-2]
 

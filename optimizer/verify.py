@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,26 @@ ENOUGH_SECONDS = 15.0  # no further case is begun after this long
 Seen = dict[Width, Observation]
 
 
+class Short(NamedTuple):
+    """What `b` is on shorter inputs, and these."""
+
+    module: nn.Module
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+
 def verify(
     a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
     mode: str = "both", seed: int = 0, tolerance: float | None = None,
-    seconds: float = ENOUGH_SECONDS, approximate: bool = False,
+    seconds: float = ENOUGH_SECONDS, approximate: bool = False, short: Short | None = None,
 ) -> Equal | Differs:
     """Compare `b` with `a` on `args` and on random inputs like them.
 
     `b` is run with `a`'s parameters and buffers wherever names and shapes agree. `mode` is
     "inference" (under no_grad), "training" (with gradients) or "both". `tolerance` replaces
     the 1e-9 by which float64 results may differ, relatively. With `approximate` they may
-    differ by 1%, which is measured and reported. Neither module is changed.
+    differ by 1%, which is measured and reported. Neither module is changed. With `short`, what
+    need not be long is compared there.
 
     >>> one, two = nn.Linear(3, 2), nn.Linear(3, 2)
     >>> verify(one, two, (torch.randn(4, 3),)).grade
@@ -57,7 +66,7 @@ def verify(
     comparison = _Comparison(a, b, *flat(args, kwargs), allowed, seed, approximate)
     modes = ("inference", "training") if mode == "both" else (mode,)
     with unseen():
-        return comparison.run(modes, seconds)
+        return comparison.run(modes, seconds, short)
 
 
 def verify_once(
@@ -96,38 +105,43 @@ class _Comparison:
     errors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def run(self, modes: Sequence[str], seconds: float) -> Equal | Differs:
+    def run(
+        self, modes: Sequence[str], seconds: float, short: Short | None
+    ) -> Equal | Differs:
         end = time.monotonic() + seconds
-        todo = [(case, True) for case in cases(self.inputs, self.seed)]
+        b, inputs = self.b, self.inputs
+        todo = [(b, case) for case in cases(inputs, self.seed) if case.long or short is None]
+        if short is not None:
+            b, inputs = short.module, flat(short.args, short.kwargs)[0]
+            todo += [(b, case) for case in cases(inputs, self.seed) if not case.long]
         if self.approximate:
             self.notes.append("NaN and infinite inputs, which approximations may treat otherwise")
         else:
-            todo += [(case, not case.odd) for case in odd_values(self.inputs, self.seed)]
-        for case, in_float64 in todo:
+            todo += [(b, case) for case in odd_values(inputs, self.seed)]
+        for b, case in todo:
             if self.count and time.monotonic() > end:
                 left = len(todo) - self.count
                 self.notes.append(f"{left} of {len(todo)} cases, for which time ran out")
                 break
             for mode in modes:
-                found = self._compare(case, mode == "training", in_float64)
+                found = self._compare(b, case, mode == "training")
                 if found is not None:
                     return found
             self.count += 1
         inaccurate = self._inaccurate()
         return self._equal(modes) if inaccurate is None else inaccurate
 
-    def _compare(self, case: Case, training: bool, in_float64: bool) -> Differs | None:
+    def _compare(self, b: nn.Module, case: Case, training: bool) -> Differs | None:
         """All questions on one case."""
-        theirs, ours = (self._observe(m, case, training, Width.OWN) for m in (self.a, self.b))
+        theirs, ours = (self._observe(m, case, training, Width.OWN) for m in (self.a, b))
         self.raised += theirs.exception is not None
         found = self._behaves(case, training, theirs, ours)
         if found is not None and case.odd:
             truth = self._observe(self.a, case, training, Width.DOUBLE)
             found = self._behaves(case, training, forgiving(theirs, truth, ours), ours)
-        if found is not None or not in_float64 or not self.doubles:
+        if found is not None or case.odd or not self.doubles:
             return found
-        truth, wide = (self._observe(m, case, training, Width.DOUBLE)
-                       for m in (self.a, self.b))
+        truth, wide = (self._observe(m, case, training, Width.DOUBLE) for m in (self.a, b))
         if truth.exception is not None and theirs.exception is None:
             self.doubles = False
             return self._behaves(case, training, theirs, ours)

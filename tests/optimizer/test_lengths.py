@@ -619,6 +619,19 @@ def test_lengths_that_a_model_treats_otherwise_are_seen(monkeypatch: pytest.Monk
     assert len(fast.report.signatures) == 1
 
 
+def otherwise_at_five(m: Any, x: Tensor) -> Tensor:
+    return scaled_sum(m, x) * (2 if x.shape[1] == 5 else 1)
+
+
+def test_a_short_length_that_a_model_treats_otherwise_is_seen() -> None:
+    model = Model(otherwise_at_five)
+    fast = optimized(model, *long())
+    assert "from 1," in told(fast)
+    for length in (1, 4, 5, 6, 5):
+        same(fast, model, *long(length))
+    assert len(fast.report.signatures) == 1
+
+
 def test_each_length_is_compared_once() -> None:
     model = Model(scaled_sum)
     fast = optimized(model, *long())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest import mock
 
 import looplift
 import pytest
@@ -12,7 +13,7 @@ import torch
 from looplift.optimizer import apply, contract, select
 from looplift.optimizer.builder import Builder
 from looplift.optimizer.capture import capture
-from looplift.optimizer.facts import Facts, aten, is_op, source_line
+from looplift.optimizer.facts import Facts, aten, is_op, shape, source_line
 from looplift.optimizer.measure import Comparison, Timing
 from looplift.optimizer.render.html import as_html
 from looplift.optimizer.render.terminal import as_text, headline
@@ -102,6 +103,36 @@ def test_a_wrong_pass_is_dropped_and_the_others_are_kept() -> None:
     reasons = [d["reason"] for d in told["declined"] if d["pass_name"] == "change"]
     assert len(reasons) == 1
     assert "differs in output 0 (given inputs, inference" in reasons[0]
+
+
+def wrong_for_nan(build: Builder, node: Node) -> Node:
+    return build.call(aten.nan_to_num.default, same(build, node))
+
+
+@dataclass(frozen=True)
+class WhereLong(Change):
+    """Replaces nothing in short programs."""
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        return (r for r in super().propose(facts)
+                if isinstance(r, Rewrite) and max(shape(r.at)) > 32)
+
+
+@pytest.mark.parametrize("change", [Change, WhereLong])
+def test_what_is_wrong_in_a_long_loop_is_dropped(change: type[Change]) -> None:
+    """Most cases are compared at a short length, if the same rewrites apply there."""
+    short = mock.Mock(wraps=looplift.verify)
+    with mock.patch.object(select, "verify", short):
+        fast = looplift.apply_passes(Loop(), (torch.randn(2, 2000, 3),), measure=False,
+                                     mode="inference", passes=(*ORDER, change(wrong_for_nan)))
+    told = fast.report.to_dict()
+    reasons = [d["reason"] for d in told["declined"] if d["pass_name"] == "change"]
+    assert len(reasons) == 1
+    assert "differs in output 0 (NaN in the inputs, inference" in reasons[0]
+    assert {"reroll-loops", "batch-timesteps"} <= {r["pass_name"] for r in told["rewrites"]}
+    assert "one program" in str(fast.report.signatures[0].lengths)
+    given = [call.kwargs["short"] is not None for call in short.call_args_list]
+    assert given == [change is Change, *[True] * (len(given) - 1)]
 
 
 @pytest.mark.parametrize(("make", "reason"), [

@@ -19,7 +19,7 @@ from looplift.models import (
 from looplift.optimizer.capture import capture
 from looplift.optimizer.double import Width
 from looplift.optimizer.rewritten import Rewritten
-from looplift.optimizer.verify import verify_once
+from looplift.optimizer.verify import Short, verify_once
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -823,3 +823,28 @@ def test_the_same_random_numbers_are_drawn_in_float64() -> None:
     found = verify(Noisy(), Noisy(), (random(40),))
     assert isinstance(found, Equal)
     assert 0 < found.naive_error < 1e-5
+
+
+def test_most_cases_are_compared_on_short_inputs_where_there_are_some() -> None:
+    x, short = random(64, 3), random(5, 3)
+    lengths = mock.Mock()  # a list would be put back
+
+    def right(_: Program, x: Tensor) -> Tensor:
+        lengths(len(x))
+        return x.tanh()
+
+    def without_nan(m: Program, x: Tensor) -> Tensor:
+        return right(m, x).nan_to_num(0.5)
+
+    def compared(long: Run, brief: Run) -> Equal | Differs:
+        return verify(Program(right, {}), Program(long, {}), (x,), mode="inference",
+                      short=Short(Program(brief, {}), (short,), {}))
+
+    found = compared(right, right)
+    assert isinstance(found, Equal)
+    assert (found.grade, found.cases) == ("exact", 8)
+    seen = [call.args[0] for call in lengths.call_args_list]
+    # the given inputs twice; two widths, but for NaN and Inf
+    assert (seen.count(64), seen.count(5)) == (2 * (2 * 2 + 2), 2 * (4 * 2 + 2))
+    assert "NaN" in str(compared(right, without_nan))
+    assert "given inputs" in str(compared(lambda _, x: x.tanh() * 2, right))

@@ -171,9 +171,11 @@ def filled_in(m: Any, x: Tensor) -> Tensor:
     return out
 
 
-def from_numbers(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def from_numbers(m: Any, x: Tensor) -> Any:
     """A loss that begins as Python's 0, a product that begins as 1."""
-    h, loss, product = torch.zeros_like(x[:, 0]), 0, 1
+    h = torch.zeros_like(x[:, 0])
+    loss: Any = 0
+    product: Any = 1
     for t in range(x.shape[1]):
         h = torch.tanh(m.a(h) + x[:, t])
         loss = loss + h.square().mean()
@@ -181,7 +183,7 @@ def from_numbers(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return loss, product
 
 
-def builtin_sum(m: Any, x: Tensor) -> Tensor:
+def builtin_sum(m: Any, x: Tensor) -> Any:
     """Python's own sum begins with 0."""
     return sum(torch.tanh(m.a(x[:, t])).sum(0) for t in range(x.shape[1]))
 
