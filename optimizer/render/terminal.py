@@ -87,10 +87,12 @@ def _rewrites(mode: ModeReport) -> Table:
     table.add_column("where", no_wrap=True)
     table.add_column("what", overflow="fold")
     table.add_column("worth", justify="right", no_wrap=True)
+    told = set()  # lines, each shown once
     for row in mode.rewrites:
         times = f" ({row.count} times)" if row.count > 1 else ""
         what = Text(f"{row.summary}{times}")
-        if row.text:
+        if row.text and row.where not in told:
+            told.add(row.where)
             what.append(f"\n{row.text}", "dim italic")
         worth = f"{row.worth:.2f}x" if row.worth is not None else "–"
         table.add_row(row.pass_name, row.where, what, worth)

@@ -265,6 +265,16 @@ def test_a_reason_that_several_rewrites_share_is_told_once() -> None:
         assert (shown.count("no gain"), shown.count("as above")) == (1, 1)
 
 
+def test_a_line_that_several_rewrites_share_is_shown_once() -> None:
+    rows = tuple(RewriteRow(name, where, f"text of {where[0]}", "", 1, "", None)
+                 for name, where in (("one", "a.py:1"), ("two", "b.py:2"), ("three", "a.py:1")))
+    report = Report("Loop", {}, [SignatureReport((), False, 0.0, None, (ModeReport(
+        "inference", rows, (), select.NOTHING, None, (1, 1), 0.0),))])
+    for shown in (as_text(report), as_html(report)):
+        assert (shown.count("text of a"), shown.count("text of b")) == (1, 1)
+        assert shown.count("a.py:1") == 3
+
+
 def mode_report(comparison: Comparison) -> ModeReport:
     kept = RewriteRow("one", "a.py:1", "", "", 1, "", None)
     return ModeReport("inference", (kept,), (), select.NOTHING, comparison, (1, 1), 0.0)
