@@ -272,7 +272,7 @@ def test_a_line_that_several_rewrites_share_is_shown_once() -> None:
         "inference", rows, (), select.NOTHING, None, (1, 1), 0.0),))])
     for shown in (as_text(report), as_html(report)):
         assert (shown.count("text of a"), shown.count("text of b")) == (1, 1)
-        assert shown.count("a.py:1") == 3
+        assert shown.count("a.py:1") == 2
 
 
 def mode_report(comparison: Comparison) -> ModeReport:
