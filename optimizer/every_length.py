@@ -27,8 +27,8 @@ from .state import state_kept
 from .verdict import Differs, Equal
 from .verify import Seen, verify_once
 
-QUICK = 0.02  # seconds: choices are measured at the longest length at which a step takes no more
-SOON = 0.5  # seconds: where a step takes no more, it is seen first if it is the same program
+QUICK = 0.02  # seconds: choices are measured at the longest length at which a call takes no more
+SOON = 0.5  # seconds: where a call takes no more, it is seen first if it is the same program
 FEW = 2000  # operations of a trace that is soon made
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
 BRIEF = 2  # times as long as a length that was not traced: there most cases are verified
@@ -61,7 +61,8 @@ def optimize_family(
     one.
     """
     wanted = tuple(n for free in found.frees if (n := free.of(leaves)) is not None)
-    chosen_at, seconds = measuring_lengths(model, found, leaves, spec, wanted)
+    chosen_at, seconds = measuring_lengths(
+        model, found, leaves, spec, wanted, training="training" in modes)
     growth = _growth(chosen_at, wanted)
     exact = options.verify and not options.allow_random_reorder
     if seconds * growth <= SOON and exact and found.holds(wanted):
@@ -107,11 +108,11 @@ def optimize_family(
 
 def measuring_lengths(
     model: nn.Module, found: Family, leaves: Sequence[Any], spec: pytree.TreeSpec,
-    wanted: Lengths,
+    wanted: Lengths, training: bool,
 ) -> tuple[Lengths, float]:
     """The lengths to choose at: `wanted`, or shorter ones that run quickly, in the same steps.
 
-    The second result is about how many seconds a training step takes there.
+    The second result is about how many seconds a call takes there, in `training` a training step.
 
     `NotOneProgram` where the five further ones that are needed pass the longest that may be.
     """
@@ -123,9 +124,15 @@ def measuring_lengths(
     short = tuple(min(most, first + -(-max(LEAST - first, 4 * step) // step) * step)
                   for first, step, most in zip(firsts, steps, mosts, strict=True))
     args, kwargs = pytree.tree_unflatten(found.resized(leaves, short), spec)
-    run = call(model, args, kwargs, training=True)
+    run = call(model, args, kwargs, training)
     with state_kept(model):
-        run()
+        try:
+            run()
+        except Exception:
+            if not training:
+                raise
+            run = call(model, args, kwargs, training=False)  # `select` tells what it raises
+            run()
         start = time.perf_counter()
         run()
     seconds = time.perf_counter() - start

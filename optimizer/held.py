@@ -1,6 +1,7 @@
 """What a model holds besides its registered tensors: lists, tables and objects, however nested.
 
-Also the lists and tables that forward knows by a global name, or closes over.
+Also the lists and tables that forward knows by a global name, or closes over, and what hangs on
+the classes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +28,7 @@ OPAQUE = (
 def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """Each list, table, set or object's attributes, with the module and attribute it hangs on.
 
-    Then those that are no attributes, under the names that forward has for them.
+    Then those that are no attributes, under the names that forward has for them, and the classes.
     """
     stack = [(module, key, held) for module in modules for key, held in vars(module).items()
              if key not in OWN]
@@ -50,6 +51,35 @@ def containers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, A
             if id(held) not in seen:
                 seen.add(id(held))
                 yield module, key, held
+    for kind, module in {k: m for m in modules for k in type(m).__mro__}.items():
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+            yield module, kind.__name__, OfClass(kind)
+
+
+class OfClass(MutableMapping[str, Any]):
+    """What a class holds for all its instances, but for functions and what Python keeps there."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, held in list(vars(self.kind).items())
+                if not name.startswith("__") and not hasattr(type(held), "__get__"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self.kind)[name]
+
+    def __setitem__(self, name: str, held: Any) -> None:
+        setattr(self.kind, name, held)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self.kind, name)
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -101,7 +131,7 @@ class Contents:
     def swap(self, tensors: Mapping[int, Tensor]) -> None:
         """Replace each tensor by that of the same id."""
         for _, _, held, _ in self.kept:
-            places = held.items() if isinstance(held, dict) else enumerate(held)
+            places = held.items() if isinstance(held, Mapping) else enumerate(held)
             for place, item in list(places) if not isinstance(held, set) else ():
                 if isinstance(item, Tensor) and id(item) in tensors:
                     held[place] = tensors[id(item)]
@@ -120,13 +150,13 @@ class Contents:
 
 
 def _items(held: Any) -> Sequence[Any]:
-    return list(held.values() if isinstance(held, dict) else held)
+    return list(held.values() if isinstance(held, Mapping) else held)
 
 
 def _same(held: Any, was: Any) -> bool:
     if len(held) != len(was):
         return False
-    if isinstance(held, dict):
+    if isinstance(held, Mapping):
         return all(a is b for a, b in zip(held, was, strict=True)) and all(
             a is b for a, b in zip(held.values(), was.values(), strict=True))
     if isinstance(held, set):

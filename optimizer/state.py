@@ -19,6 +19,7 @@ from .cases import as_they_are, flat_outputs
 from .held import Contents
 
 PLAIN = (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, type(None))
+TABLES = [name for name, held in vars(nn.Module()).items() if isinstance(held, dict)]
 MISSING = object()  # in place of an attribute that is not there
 EFFECT = (
     "an effect that a captured graph would not repeat; keep the value in a "
@@ -151,7 +152,7 @@ class Attributes:
         self.holders: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = [
             (prefix, module, cast(dict[str, Any], holder), dict(holder))
             for prefix, module in self.modules
-            for holder in (vars(module), module._parameters, module._buffers)
+            for holder in (vars(module), *(vars(module)[name] for name in TABLES))
         ]
         self.contents = Contents([module for _, module in self.modules])
 
@@ -159,12 +160,15 @@ class Attributes:
         """What is not as it was."""
         found = []
         for prefix, module, holder, was in self.holders:
-            if type(module).__module__.startswith("torch."):
+            own = vars(module)
+            if type(module).__module__.startswith("torch.") \
+                    and any(holder is h for h in (own, own["_parameters"], own["_buffers"])):
                 continue
             for key in dict.fromkeys((*was, *holder)):
                 before, after = was.get(key, MISSING), holder.get(key, MISSING)
                 if before is not after and not _alike(before, after):
-                    found.append(Change(_named(prefix, key), module, key, holder, key, before,
+                    name = key if isinstance(key, str) else "a hook"
+                    found.append(Change(_named(prefix, name), module, name, holder, key, before,
                                         after))
         return found + [c for changed in self.contents.changed() for c in self._inside(*changed)]
 
@@ -222,7 +226,9 @@ def assignments(changes: Sequence[Change], begin: int) -> tuple[list[Assigned], 
         plain = all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         parameter = change.holder is change.owner._parameters
         if change.holder is None:
-            kind = "attribute" if change.attribute in vars(change.owner) else "global or enclosed"
+            kind = "attribute" if change.attribute in vars(change.owner) else \
+                "class" if change.attribute in {k.__name__ for k in type(change.owner).__mro__} \
+                else "global or enclosed"
             raise Effect(f"forward changes what the {kind} {change.name!r} holds, {EFFECT}")
         if counts or not plain or parameter or change.after is MISSING:
             raise Effect(f"forward assigns the attribute {change.name!r}, {EFFECT}")

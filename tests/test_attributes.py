@@ -351,11 +351,15 @@ def test_a_tensor_in_two_places_stays_one() -> None:
 class Counts(nn.Module):
     """Does what a graph can't repeat: counts its calls, grows a list, …"""
 
+    all_calls = 0
+
     def __init__(self, effect: Callable[[Any, Tensor], object]) -> None:
         super().__init__()
         self.effect, self.calls, self.nested = effect, 0, {"a": {"b": 0}}
         self.log: list[Tensor] = []
         self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.inner: nn.Module = nn.Sigmoid()
+        self.layers = nn.ModuleList([nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
         self.effect(self, x)
@@ -373,6 +377,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], object], str]] = {
     "an object": (lambda m, x: setattr(m, "last", object()), "assigns the attribute 'last'"),
     "a parameter": (lambda m, x: setattr(m, "weight", nn.Parameter(x[0, 0].detach())),
                     "assigns the attribute 'weight'"),
+    "a submodule": (lambda m, x: setattr(m, "inner", nn.Tanh()), "assigns the attribute 'inner'"),
+    "an item of a ModuleList": (lambda m, x: m.layers.append(nn.Tanh()), "'layers.1'"),
+    "a hook": (lambda m, x: m.inner.register_forward_hook(lambda *_: None), "'inner.a hook'"),
+    "a class": (lambda m, x: setattr(Counts, "all_calls", Counts.all_calls + 1),
+                "what the class 'Counts' holds"),
 }
 
 
@@ -384,9 +393,13 @@ def test_what_a_graph_could_not_repeat_is_refused(name: str) -> None:
     fast = apply_passes(model, (inputs(0),), measure=False)
     assert reason in str(fast.report.signatures[0].failure)
     assert (model.calls, model.log, hasattr(model, "last")) == (0, [], False)
+    assert (type(model.inner), len(model.layers), Counts.all_calls) == (nn.Sigmoid, 1, 0)
+    assert not model.inner._forward_hooks
     for seed in (1, 2):
         assert_close(fast(inputs(seed)), naive(inputs(seed)))
     assert_close([model.calls, model.log, model.nested], [naive.calls, naive.log, naive.nested])
+    assert len(model.layers) == len(naive.layers)
+    Counts.all_calls = 0
 
 
 def test_what_is_assigned_otherwise_is_found() -> None:
@@ -408,3 +421,29 @@ def test_what_is_assigned_otherwise_is_found() -> None:
         assert "losses" in str(verdict)
         vars(rewritten).update(run=run, captured=captured)
     assert verify(model, rewritten, (inputs(1),))
+
+
+class SparseWhereLong(nn.Module):
+    """As transformers' BigBird, it gives up its own kind of layer for good on a short input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell: nn.Module = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 20:
+            self.cell = nn.Identity()
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(h) + x[:, t])
+        return h
+
+
+def test_what_a_model_gives_up_on_short_inputs_is_put_back() -> None:
+    model, x = SparseWhereLong(), torch.randn(3, 400, WIDTH)
+    cell, expected = model.cell, model(x)
+    fast = apply_passes(model, (x,), measure=False)
+    assert model.cell is cell
+    assert fast.rewritten is not None
+    assert_close(fast(x), expected)
+    assert_close(model(x), expected)

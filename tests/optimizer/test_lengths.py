@@ -642,6 +642,24 @@ def test_each_length_is_compared_once() -> None:
     assert compared.call_count == 4
 
 
+def in_place(m: Any, x: Tensor) -> Tensor:
+    """It has no gradient: autograd needs what the next step overwrites."""
+    h = torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        h.copy_(torch.tanh(m.a(h) * h + x[:, t]))
+    return h
+
+
+@pytest.mark.parametrize("mode", ["inference", "both"])
+def test_a_model_for_inference_alone(mode: str) -> None:
+    model = Model(in_place)
+    fast = optimized(model, *long(), mode=mode)
+    assert told(fast).startswith("one program")
+    assert ("the original itself raises in training" in str(fast.report)) == (mode == "both")
+    with torch.no_grad():
+        assert_close(fast(*long(70)), model(*long(70)))
+
+
 def every_third(m: Any, x: Tensor) -> Tensor:
     h, outputs = x[:, 0], []
     for t in range(x.shape[1]):
