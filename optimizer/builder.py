@@ -9,7 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import Module
@@ -230,7 +234,26 @@ def fake_result(node: Node, mode: FakeTensorMode) -> Any:
         return scan_result(node, mode)
     args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
     with mode, torch.no_grad():
+        return _computed(node, args, kwargs)
+
+
+def _computed(node: Node, args: Any, kwargs: Any) -> Any:
+    """What `node` computes of these fake tensors.
+
+    An operation that looks at numbers, as `istft` at its window, can't compute with fake ones: for
+    inputs of the same sizes it keeps the result that it had when it was traced.
+    """
+    try:
         return _as_it_lies(node, node.target(*args, **kwargs))  # type: ignore[operator]
+    except DataDependentOutputException:
+        sources, result = node.meta.get(COMPUTED, ((), None))
+        if _sizes(sources[2:]) != _sizes(pytree.tree_leaves((args, kwargs))):
+            raise
+        return result
+
+
+def _sizes(leaves: Sequence[Any]) -> list[Any]:
+    return [(s.shape, s.dtype) if isinstance(s, Tensor) else s for s in leaves]
 
 
 def _as_it_lies(node: Node, result: Any) -> Any:
@@ -278,7 +301,7 @@ def exact_result(loop: Node, known: Callable[[Node], Any], mode: FakeTensorMode)
                     env[node] = exact_result(node, env.__getitem__, mode)
                 elif node.op == "call_function":
                     args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-                    env[node] = _as_it_lies(node, node.target(*args, **kwargs))
+                    env[node] = _computed(node, args, kwargs)
             results = [env[n] for n in cast(tuple[Node, ...], output_node(body).args[0])]
             carries = results[:held]
         return (*carries, *(r if k in only_last(loop) else r.new_empty((steps, *r.shape))
