@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import linecache
+import math
 import operator
 import re
 import textwrap
@@ -93,8 +94,9 @@ def compiled(graph_module: GraphModule) -> tuple[Callable[..., Any], str]:
 
 
 def sourced(graph_module: GraphModule, name: str) -> tuple[str, list[str]]:
-    """The source of a function without comments, and the global names that it needs."""
-    writer = _Source(graph_module)
+    """The source of a function without comments, and the global names that it needs; the same
+    whatever the sizes of its tensors."""
+    writer = _Source(graph_module, large=math.inf)
     lines = writer.function(name).splitlines(True)
     return "".join(line for line in lines if not line.lstrip().startswith("#")), [*writer.globals]
 
@@ -103,10 +105,11 @@ _NUMBERS = count()
 
 
 class _Source:
-    """Writes one function, loops of its scans included."""
+    """Writes one function, loops of its scans included; it deletes what is dead where that is
+    `large`, in bytes."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.graph_module = graph_module
+    def __init__(self, graph_module: GraphModule, large: float = LARGE) -> None:
+        self.graph_module, self.large = graph_module, large
         self.names: dict[Node, str] = {}
         self.taken: set[str] = {"torch", "looplift", "inf", "nan", "forward", *dir(builtins)}
         self.globals: dict[str, Any] = {}
@@ -164,7 +167,7 @@ class _Source:
             self.lines.append(f"{indent}# {line}  {line.text}".rstrip())
 
     def _much_is_dead(self) -> bool:
-        return sum(map(bytes_of, self.dead)) >= LARGE
+        return sum(map(bytes_of, self.dead)) >= self.large
 
     def _delete(self, nodes: Sequence[Node], indent: str) -> None:
         gone = [n for n in dict.fromkeys(nodes) if n in self.names and n not in self.deleted]

@@ -6,6 +6,7 @@ follows a formula in the lengths, the program at other lengths needs no trace.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd, isclose, log
@@ -270,8 +271,8 @@ def _unify_arguments(
                                 f"{source_line(nodes[0])} follow no simple rule")
             given.append(formula)
         else:
-            raise NotOneProgram(f"{leaves[0]!r} at {source_line(nodes[0])} is {leaves[1]!r} at "
-                                "another length")
+            one, other = (textwrap.shorten(repr(leaf), 40) for leaf in leaves[:2])
+            raise NotOneProgram(f"{one} at {source_line(nodes[0])} is {other} at another length")
     if any(g is not None for g in given):
         found.numbers[path, nodes[0].name] = tuple(given)
 

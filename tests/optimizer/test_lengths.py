@@ -12,7 +12,7 @@ import pytest
 import torch
 from looplift import OptimizedModule, apply_passes
 from looplift.models import alternating_patches, dilated_attention, eigenstate
-from looplift.optimizer import every_length, lengths
+from looplift.optimizer import emit, every_length, lengths
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
 from looplift.optimizer.select import Selection
@@ -293,6 +293,21 @@ def test_short_batches_and_lengths_are_served_where_both_may_vary() -> None:
         fast = optimized(model, x, dynamic_shapes=({0: Dim("B", min=1), 1: Dim("T", min=2)},))
     assert told(fast).startswith("one program for B from 1 and T from 2, ")
     serves(fast, model, *((x[:b, :t].contiguous(),) for b, t in ((1, 2), (2, 7), (2, 3))))
+
+
+def test_a_step_is_the_same_whatever_the_batch() -> None:
+    """The source of a model deletes what is large and dead, at some sizes; that of a kernel's
+    step does not."""
+    two_of_64 = 2 * 64 * 3 * 4
+    with mock.patch.object(emit, "LARGE", two_of_64 + 1), \
+            mock.patch.object(every_length, "QUICK", 0.0):  # chosen at 64 × 64
+        model, (x,) = Model(recurrent), long(30)
+        fast = apply_passes(model, (x,), mode="inference", measure=False, passes=(
+            *(p for p in ORDER if p.name != "batch-timesteps"),),
+            dynamic_shapes=({0: Dim("B", min=1), 1: Dim("T", min=2)},))
+    assert "fused_scan" in fast.code
+    assert told(fast).startswith("one program for B from 1 and T from 2, ")
+    assert "anew" not in told(fast)
 
 
 def test_the_source_is_the_same_however_long_the_loop() -> None:
