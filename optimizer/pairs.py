@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .builder import output_node, placeholders
 from .facts import apart, aten, is_tensor, value
-from .pointwise import SAME, Unsupported
+from .pointwise import SAME, Unsupported, tracing_a_step
 
 
 class Pair(NamedTuple):
@@ -60,7 +60,8 @@ def in_pairs(body: GraphModule) -> GraphModule:
         return [part for node in results
                 for part in (_pair(known[node]) if is_complex(node) else (_shown(known[node]),))]
 
-    return make_fx(real)(*(part for p in parts for part in p))
+    with tracing_a_step():
+        return make_fx(real)(*(part for p in parts for part in p))
 
 
 def parted(tensor: Tensor) -> tuple[Tensor, ...]:

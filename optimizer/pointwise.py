@@ -3,7 +3,8 @@ that eager kernels use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,18 @@ CONSTANTS = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}  # wh
 
 class Unsupported(Exception):
     """Why no kernel can run a step."""
+
+
+@contextlib.contextmanager
+def tracing_a_step() -> Iterator[None]:
+    """What PyTorch refuses within it is why no kernel can run the step."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise Unsupported("the loop factorizes matrices or solves linear systems") from error
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(f"the loop's step can't be traced ({reason})") from error
 
 
 @dataclass(frozen=True)

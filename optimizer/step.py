@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .composed import RULES, Early
 from .facts import aten
-from .pointwise import Unsupported
+from .pointwise import tracing_a_step
 from .turns import TRACING
 
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
@@ -145,15 +145,9 @@ def functional_graph(
     """A function of tensors of `sizes` in core operations and `kept` ones, none of which writes
     in place."""
     rules = {target: rule for target, rule in RULES.items() if target not in kept}
-    try:
-        with Early():
-            made = make_fx(torch.func.functionalize(function), decomposition_table=rules)(
-                *halves(sizes))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise Unsupported("the loop factorizes matrices or solves linear systems") from error
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise Unsupported(f"the loop's step can't be traced ({reason})") from error
+    with tracing_a_step(), Early():
+        made = make_fx(torch.func.functionalize(function), decomposition_table=rules)(
+            *halves(sizes))
     reshaped(made)
     if any(map(_writes, made.graph.nodes)):  # as what PyTorch composes of others does
         made = make_fx(torch.func.functionalize(made))(*halves(sizes))

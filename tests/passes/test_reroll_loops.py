@@ -753,5 +753,6 @@ def test_an_operation_that_looks_at_numbers(run: Any) -> None:
     outcome = run(model, (x,), [RerollLoops()])
     assert outcome.applied[0].summary.endswith("→ one scan")
     fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
-    assert "scan" in fast.code
+    assert "for _ in range(5)" in fast.code
+    assert "failed" not in str(fast.report)
     torch.testing.assert_close(fast(x), model(x))
