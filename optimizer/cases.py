@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 Leaves = tuple[Any, ...]
 FIRST = "given inputs"
+LAST_BITS = 4  # units in the last place, as rounding differs in a few operations
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ def sprinkled(leaf: Any, number: float, seed: int) -> Any:
     return laid_out_like(leaf, leaf.detach().masked_fill(chosen.to(leaf.device), number))
 
 
+def slightly_moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy of a floating tensor, its values moved up or down by a few units in the last place;
+    one of whole numbers, as a mask, stays."""
+    if not tensor.is_floating_point() or torch.equal(tensor, tensor.round()):
+        return tensor
+    signs = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+    step = LAST_BITS * torch.finfo(tensor.dtype).eps
+    return laid_out_like(tensor, tensor * (1 + step * signs.to(tensor)))
+
+
 def laid_out_like(leaf: Tensor, contents: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`contents` in a new tensor like `leaf`: device, strides, requires_grad, dtype or `dtype`."""
     made = torch.empty_strided(
@@ -117,7 +128,8 @@ def copied(leaves: Leaves, convert: Callable[[Tensor], Tensor] = as_they_are) ->
     made: dict[int, Tensor] = {}
     for leaf in leaves:
         if isinstance(leaf, Tensor) and id(leaf) not in made:
-            made[id(leaf)] = laid_out_like(leaf, leaf.detach(), convert(leaf.detach()).dtype)
+            converted = convert(leaf.detach())
+            made[id(leaf)] = laid_out_like(leaf, converted, converted.dtype)
     return tuple(made.get(id(leaf), leaf) for leaf in leaves)
 
 

@@ -848,3 +848,57 @@ def test_most_cases_are_compared_on_short_inputs_where_there_are_some() -> None:
     assert (seen.count(64), seen.count(5)) == (2 * (2 * 2 + 2), 2 * (4 * 2 + 2))
     assert "NaN" in str(compared(right, without_nan))
     assert "given inputs" in str(compared(lambda _, x: x.tanh() * 2, right))
+
+
+def chaotic_where_large(x: Tensor, rounded: float = 1.0, scaled: float = 1.0) -> Tensor:
+    """On inputs of 10 and more each step multiplies what the last bits say, tenfold."""
+    h = torch.ones_like(x)
+    for _ in range(40):
+        h = scaled * torch.sin(x * h * rounded / rounded)
+    return h
+
+
+def raises_where_large(x: Tensor) -> Tensor:
+    if x.abs().max() > 3:
+        raise ValueError("large")
+    return chaotic_where_large(x)
+
+
+@pytest.mark.parametrize(("other", "large", "expected"), [
+    (partial(chaotic_where_large, rounded=3.0), 1, "the last bits of its inputs move"),
+    (partial(chaotic_where_large, scaled=1.001), 1, "given inputs"),
+    (partial(chaotic_where_large, rounded=3.0), 100, "given inputs"),
+    (raises_where_large, 1, "differs in exceptions"),
+    (lambda x: chaotic_where_large(x).nan_to_num(0.5), 1, "NaN in the inputs"),
+    (lambda x: chaotic_where_large(x).double(), 1, "dtype of output 0"),
+])
+def test_where_the_model_would_differ_from_itself_a_case_says_nothing(
+    other: Run, large: int, expected: str
+) -> None:
+    x = large * torch.rand(50) / 10
+    found = verify(Program(lambda _, x: chaotic_where_large(x), {}),
+                   Program(lambda _, x: other(x), {}), (x,), mode="inference")
+    if isinstance(found, Equal):
+        assert found.cases == 7
+        assert expected in found.unproven[-1]
+        assert found.unproven[-1].startswith("large inputs: ")
+        assert found.worst < 1e-12
+    else:
+        assert expected in str(found)
+
+
+@pytest.mark.parametrize(("other", "accurate"), [
+    (lambda x, y: (3 * x - 3 * y) / 3, True),
+    (lambda x, y: (x + 30) - (y + 30), False),
+    (lambda x, y: x.half().float() - y, False),
+])
+def test_an_error_that_the_last_bits_of_the_inputs_make_too(other: Run, accurate: bool) -> None:
+    """The difference of numbers that are close is exact, and moves by much more with their bits."""
+    x, y = 1 + torch.rand(200) / 200, torch.ones(200) * 1.001
+    found = verify(Program(lambda _, x, y: x - y, {}), Program(lambda _, x, y: other(x, y), {}),
+                   (x, y), mode="inference")
+    assert bool(found) is accurate, found
+    if accurate:
+        assert isinstance(found, Equal)
+        assert found.naive_error < 1e-7
+        assert found.error > 64 * 1.2e-7  # more than is allowed without asking for more
