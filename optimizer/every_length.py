@@ -279,7 +279,11 @@ class EachLength:
             seconds, before = time.perf_counter() - start, lengths
         verdict = self.selection.verdict
         if isinstance(verdict, Equal):
-            self.selection.verdict = replace(verdict, unproven=(*verdict.unproven, *unproven))
+            names = " or ".join(free.name for free in self.found.frees)
+            shapes, *others = verdict.unproven
+            shapes = shapes.replace("other than", "that differ from")
+            self.selection.verdict = replace(
+                verdict, unproven=(f"{shapes} in more than {names}", *others, *unproven))
 
     def _shortest(self, made: nn.Module) -> Lengths:
         """The shortest lengths at which the module is right, although not traced: for each one,

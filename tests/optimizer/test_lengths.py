@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from looplift import OptimizedModule, apply_passes
+from looplift import Equal, OptimizedModule, apply_passes
 from looplift.models import alternating_patches, dilated_attention, eigenstate
 from looplift.optimizer import emit, every_length, lengths
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
@@ -482,6 +482,10 @@ def test_dynamic_shapes_in_torch_exports_convention(shapes: Any) -> None:
     model = Named(recurrent)
     fast = optimized(model, *long(6), dynamic_shapes=shapes)
     assert told(fast).startswith("one program for steps from 2,")
+    for mode in fast.report.signatures[0].modes:
+        assert isinstance(mode.verdict, Equal)
+        assert mode.verdict.unproven[0].startswith("shapes that differ from (2, ")
+        assert mode.verdict.unproven[0].endswith(", 3) in more than steps")
     serves(fast, model, *(long(n) for n in (2, 3, 6, 64)))
 
 

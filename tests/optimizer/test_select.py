@@ -278,3 +278,13 @@ def test_a_line_that_several_rewrites_share_is_shown_once() -> None:
 def mode_report(comparison: Comparison) -> ModeReport:
     kept = RewriteRow("one", "a.py:1", "", "", 1, "", None)
     return ModeReport("inference", (kept,), (), select.NOTHING, comparison, (1, 1), 0.0)
+
+
+def test_what_is_not_kept_is_not_shown_as_what_runs() -> None:
+    timing = Timing("looplift", 1.0, 0.7, 0.5, 2.0, 1.9)
+    comparison = Comparison("inference", (timing,), 0.01, 5, 2)
+    nothing = ModeReport("inference", (), (), select.NOTHING, comparison, (1, 1), 0.0)
+    for mode, count in ((nothing, 1), (mode_report(comparison), 0)):
+        report = Report("Loop", {}, [SignatureReport((), False, 0.0, None, (mode,))])
+        for shown in (as_text(report), as_html(report)):
+            assert shown.count("looplift, not kept") == count
