@@ -177,7 +177,8 @@ class RerollLoops:
         run = runs[0]
         tries = [(r, period) for r in runs]
         tries += [(run[period:], period), (run[:-period], period)]
-        tries += [(run[: len(run) // (k * period) * k * period], k * period) for k in (2, 3, 4)]
+        several = dict.fromkeys((2, 3, 4, rhythm(run, period)))
+        tries += [(run[: len(run) // (k * period) * k * period], k * period) for k in several]
         first: Misfit | None = None
         for part, long in tries:
             if len(part) < self.least_trips * long:
@@ -270,6 +271,18 @@ def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]
         length = whole if cut <= spare else whole - repeat.period
         runs.append(operations[repeat.start + cut : repeat.start + cut + length])
     return runs
+
+
+def rhythm(run: Sequence[Node], period: int) -> int:
+    """After how many trips the operations read what lies as far back again: of `h if t % 8 else
+    g` after 8. The first third of the trips, which may read what was before them, does not count.
+    """
+    place = {node: k for k, node in enumerate(run)}
+    back = [tuple(k - place[s] if s in place else None for s in node.all_input_nodes)
+            for k, node in enumerate(run)]
+    trips = [back[k : k + period] for k in range(0, len(run), period)]
+    later = trips[len(trips) // 3 :]
+    return next(k for k in range(1, len(later) + 1) if later[k:] == later[: len(later) - k])
 
 
 def first_line(run: Sequence[Node], period: int) -> Line | None:

@@ -756,3 +756,18 @@ def test_an_operation_that_looks_at_numbers(run: Any) -> None:
     assert "for _ in range(5)" in fast.code
     assert "failed" not in str(fast.report)
     torch.testing.assert_close(fast(x), model(x))
+
+
+def clockwork(m: Any, x: Tensor) -> Tensor:
+    """Parts of the state rest, one for all but every fifth step."""
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        new = torch.tanh(m.a(h) + x[:, t])
+        h = torch.cat([new[:, :2], (h if t % 5 else new)[:, 2:3], (new if t % 2 else h)[:, 3:]], 1)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def test_steps_that_are_alike_after_many_trips(run: Any) -> None:
+    outcome = run(Model(clockwork), (torch.randn(2, 43, 4),), [RerollLoops()])
+    assert any(a.summary.startswith("4 × ") for a in outcome.applied), outcome.applied  # of ten each
