@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+from torch import Tensor
 from torch.fx import Node
 
 from ..optimizer.builder import Builder, output_node, placeholders
 from ..optimizer.distribute import replacing
-from ..optimizer.facts import Facts, aten, body_of, is_scan, source_line, trips, value
+from ..optimizer.facts import Facts, aten, body_of, is_scan, shape, source_line, trips, value
 from ..optimizer.fused import build_kernel, pays
 from ..optimizer.fusible import Fusible, all_at_once, call, fusible
 from ..optimizer.pointwise import Unsupported
@@ -48,14 +49,14 @@ class ParallelizeRecurrence:
             if term is None:
                 yield from self._affine(scan)
                 continue
-            carry, total = value(cast(list[Node], scan.args[1])[0]), value(term)
-            if (total.shape[1:], total.dtype) != (carry.shape, carry.dtype):
-                reason = f"its terms, {tuple(total.shape[1:])}, are broadcast to the total's size"
+            carry = value(cast(list[Node], scan.args[1])[0])
+            if isinstance(term, Node) and _sort(value(term)) != _sort(carry):
+                reason = f"its terms, {tuple(shape(term))}, are broadcast to the total's size"
                 yield Skip(self.name, reason, source_line(scan))
                 continue
 
-            def make(build: Builder, scan: Node = scan, term: Node = term) -> Sequence[Node]:
-                return at_once(build, scan, term)
+            def make(build: Builder, scan: Node = scan, term: Any = term) -> Sequence[Node]:
+                return at_once(build, scan, stacked(build, scan, term))
 
             yield replacing(self.name, f"running sum of {trips(scan)} steps → one sum", scan, make)
 
@@ -75,21 +76,40 @@ class ParallelizeRecurrence:
                         scan, make)
 
 
-def summed(scan: Node) -> Node | None:
-    """What a scan adds to its one carry, all steps stacked, if it does nothing else."""
+def _sort(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype
+
+
+def summed(scan: Node) -> Node | int | float | None:
+    """What a scan adds to its one carry, if it does nothing else: an input of its body, or a
+    number, as a counter does."""
     body = body_of(scan)
-    carries, slices = (cast(list[Node], scan.args[k]) for k in (1, 2))
+    carries = cast(list[Node], scan.args[1])
     calls = [n for n in body.graph.nodes if n.op == "call_function"]
     if len(carries) != 1 or len(calls) != 1 or calls[0].target is not aten.add.Tensor:
         return None
     [add], heads = calls, placeholders(body)
     results = cast(tuple[Node, ...], output_node(body).args[0])
     others = [n for n in add.args if n is not heads[0]]
-    if add.kwargs or len(others) != 1 or others[0] not in heads[1 : 1 + len(slices)]:
+    if add.kwargs or len(others) != 1:
         return None
     if results[0] is not add or any(r not in (add, heads[0]) for r in results):
         return None
-    return slices[heads.index(cast(Node, others[0])) - 1]
+    return cast("Node | int | float", others[0])
+
+
+def stacked(build: Builder, scan: Node, term: Node | int | float) -> Node:
+    """The terms of all steps."""
+    carries, slices, invariants = (cast(list[Node], scan.args[k]) for k in (1, 2, 3))
+    steps, total = trips(scan), value(carries[0])
+    if not isinstance(term, Node):
+        return build.call(aten.full.default, [steps, *total.shape], term, dtype=total.dtype,
+                          device=total.device)
+    place = placeholders(body_of(scan)).index(term) - 1
+    if place < len(slices):
+        return slices[place]
+    same = build.call(aten.unsqueeze.default, invariants[place - len(slices)], 0)
+    return build.call(aten.expand.default, same, [steps, *total.shape])
 
 
 def at_once(build: Builder, scan: Node, terms: Node) -> Sequence[Node]:

@@ -770,4 +770,5 @@ def clockwork(m: Any, x: Tensor) -> Tensor:
 
 def test_steps_that_are_alike_after_many_trips(run: Any) -> None:
     outcome = run(Model(clockwork), (torch.randn(2, 43, 4),), [RerollLoops()])
-    assert any(a.summary.startswith("4 × ") for a in outcome.applied), outcome.applied  # of ten each
+    made = [a.summary for a in outcome.applied]
+    assert any(summary.startswith("4 × ") for summary in made), made  # of ten steps each
