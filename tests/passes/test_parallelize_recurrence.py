@@ -170,11 +170,11 @@ def test_counters_of_a_model(dtype: torch.dtype) -> None:
 
 
 def test_sums_of_what_is_the_same_in_all_steps() -> None:
-    model = Model(counted)
-    fast = optimized(model, torch.randn(2, 24, 4))
+    model = Model(counted).double()
+    fast = optimized(model, torch.randn(2, 24, 4).double())
     assert fired(fast) == ["running sum of 24 steps → one sum"] * 2  # twice in each mode
     assert not {"for ", "scan"} & set(re.findall("for |scan", fast.code))
-    same(model, fast, torch.randn(2, 24, 4))
+    same(model, fast, torch.randn(2, 24, 4).double())
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
