@@ -13,6 +13,7 @@ from .builder import Builder, fake_result
 from .facts import WRITES, aten, is_op, is_tensor, shape, value
 from .fold import WITH_TENSOR, Loop, Write, filled, position
 from .interleave import write_windows
+from .normal_rules import FILLED_LIKE
 from .reads import lanes
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
@@ -134,8 +135,8 @@ class _Assembly:
             return self._placed(place, node, *placed)
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
-        if (drawn := self._drawn(node, args, kwargs)) is not None:
-            return drawn
+        if (made := self._by_size(node, args, kwargs)) is not None:
+            return made
         target: Any = node.target
         if isinstance(dict(enumerate(self.loop.sources[place])).get(1), Varying):
             target = WITH_TENSOR.get(target, target)
@@ -173,18 +174,24 @@ class _Assembly:
         made.meta["val"] = fake_result(made, self.build.mode)
         return made
 
-    def _drawn(self, node: Node, args: Any, kwargs: Any) -> Node | None:
-        """A random operation by the size of its argument alone, where only that counts: off the
-        carries' cycle, its numbers can be drawn in a loop of their own, in the same order."""
+    def _by_size(self, node: Node, args: Any, kwargs: Any) -> Node | None:
+        """What is filled or random by the size of its argument alone, where only that counts: off
+        the carries' cycle, random numbers can be drawn in a loop of their own, in the same order.
+        """
         like, made = node.args[0] if node.args else None, value(node)
-        if not isinstance(like, Node) or node.target not in DRAWN or made.device.type != "cpu" \
+        if not isinstance(like, Node) or node.target not in (*DRAWN, *FILLED_LIKE) \
+                or kwargs.get("memory_format") is not None \
                 or not (made.is_contiguous() and value(like).is_contiguous()):
             return None
         put = partial(self._put, node)
         options = {"dtype": made.dtype, "device": made.device}
+        if node.target in FILLED_LIKE:
+            number = args[1] if len(args) > 1 else FILLED_LIKE[node.target]
+            return put(aten.full.default, list(made.shape), number, **options)
+        if made.device.type != "cpu":
+            return None
         if node.target in LIKE:
-            return put(LIKE[node.target], list(made.shape), **options) \
-                if kwargs.get("memory_format") is None else None
+            return put(LIKE[node.target], list(made.shape), **options)
         probability = args[1]
         if node.target is aten.dropout.default:
             if not args[2] or probability in (0, 1):

@@ -30,7 +30,7 @@ from torch.fx import Node
 
 from ..optimizer.builder import Builder, placeholders
 from ..optimizer.distribute import replacing
-from ..optimizer.facts import Facts, body_of, is_scan, source_line, trips
+from ..optimizer.facts import Facts, body_of, is_random, is_scan, source_line, trips
 from ..optimizer.fused import build_kernel
 from ..optimizer.fusible import Fusible, call, fusible
 from ..optimizer.pointwise import Unsupported
@@ -49,7 +49,7 @@ class FuseRecurrences:
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for scan in facts.operations:
-            if not is_scan(scan):
+            if not is_scan(scan) or only_draws(scan):
                 continue
             fewest = FEWEST if only_iterates(scan) else FEW
             if trips(scan) * max(inner_trips(body_of(scan)), default=1) < fewest:
@@ -66,6 +66,11 @@ class FuseRecurrences:
                 return call(build, found)
 
             yield replacing(self.name, f"scan of {trips(scan)} steps → one kernel", scan, make)
+
+
+def only_draws(scan: Node) -> bool:
+    """Whether its steps draw random numbers and no more."""
+    return all(is_random(n) for n in body_of(scan).graph.nodes if n.op == "call_function")
 
 
 def only_iterates(scan: Node) -> bool:
