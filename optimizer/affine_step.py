@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .axes import RESHAPES
 from .cycles import components, reached_by
-from .facts import aten, behind, is_tensor, shape, value
+from .facts import aten, behind, is_tensor, shape, spelled, value
 from .parallel_scan import LARGEST, LINEAR, LOG_SUM, SEMIRINGS, SMALLEST, Semiring, running, solve
 from .parallel_scan import before as states_before
 from .pointwise import SAME, Unsupported, constant
@@ -75,8 +75,8 @@ class _Reader:
         self.forms[node] = found
 
     def _refused(self, node: Node) -> Unsupported:
-        name = getattr(node.target, "_opname", node.target)
-        return Unsupported(f"it is not affine: it computes {name} of what it carries")
+        return Unsupported(
+            f"it is not affine: it computes {spelled(node.target)} of what it carries")
 
     def _read(self, node: Node, forms: list[Form]) -> Form | None:
         target, args, alpha = node.target, node.args, node.kwargs.get("alpha", 1)

@@ -30,6 +30,7 @@ from .facts import (
     is_view,
     shape,
     source_line,
+    spelled,
     trips,
     value,
 )
@@ -363,8 +364,7 @@ def replacing(
 
 def counted(nodes: Sequence[Node]) -> str:
     """`2 linear, gelu`: the operations, those most costly to repeat first."""
-    names = [str(getattr(n.target, "_opname", getattr(n.target, "__name__", n.target)))
-             for n in nodes]
+    names = [spelled(n.target) for n in nodes]
     order = sorted(set(names), key=lambda name: (name not in HEAVY, names.index(name)))
     shown = [f"{names.count(n)} {n}" if names.count(n) > 1 else n for n in order]
     return ", ".join(shown[:4]) + (", …" if len(shown) > 4 else "")

@@ -107,6 +107,13 @@ def only_last(loop: Node) -> Sequence[int]:
     return cast(Sequence[int], loop.args[4]) if len(loop.args) > 4 else ()
 
 
+def spelled(target: Any) -> str:
+    """An operation's name as users know it: `batch_norm` of `_native_batch_norm_legit_no_stats`."""
+    name = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
+    return re.sub(r"^_?(native_|linalg_)|_(legit|ex$|forward$|functional|no_stats|no_training)",
+                  "", name).lstrip("_")
+
+
 def is_random(node: Node) -> bool:
     """Whether running `node` reads or advances a random number generator."""
     if has_body(node):

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .builder import output_node, placeholders
-from .facts import apart, aten, is_tensor, value
+from .facts import apart, aten, is_tensor, spelled, value
 from .pointwise import SAME, Unsupported, tracing_a_step
 
 
@@ -87,8 +87,7 @@ def _computed(node: Node, known: Mapping[Node, Any]) -> Any:
     if target in SAME and dtype is not None:
         return _cast(args[0], dtype)
     if target not in RULES:
-        name = getattr(target, "_opname", target)
-        raise Unsupported(f"the loop computes {name} of complex numbers")
+        raise Unsupported(f"the loop computes {spelled(target)} of complex numbers")
     return RULES[target](*args, **kwargs)
 
 

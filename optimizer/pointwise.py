@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .facts import aten
+from .facts import aten, spelled
 
 SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default,
         aten.lift_fresh_copy.default}
@@ -97,8 +97,7 @@ CPP = Language(
 
 def no_rule(target: Any) -> Unsupported:
     """What to raise for an operation that a kernel can't compute."""
-    name = getattr(target, "_opname", None) or getattr(target, "__name__", target)
-    return Unsupported(f"the loop computes {name}, which the kernel has no rule for")
+    return Unsupported(f"the loop computes {spelled(target)}, which the kernel has no rule for")
 
 
 def _is_of(leaf: Any, dtype: torch.dtype) -> bool:

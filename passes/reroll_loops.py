@@ -48,6 +48,7 @@ from ..optimizer.facts import (
     is_tensor,
     is_view,
     source_line,
+    spelled,
     trips,
 )
 from ..optimizer.fold import WITH_TENSOR, Loop, filled, fold
@@ -130,7 +131,7 @@ class RerollLoops:
         reasons: dict[Line, list[str]] = {}
         for (line, _), nodes in ran.items():
             if len(nodes) >= LOOKS_REPEATED and line not in told and not is_scan(nodes[0]):
-                kind = getattr(nodes[0].target, "_opname", str(nodes[0].target))
+                kind = spelled(nodes[0].target)
                 reasons.setdefault(line, []).append(
                     f"{len(nodes)} times {kind}: {difference(nodes)}")
         for line, found in reasons.items():  # the telling ones first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import looplift
 import pytest
 import torch
 from looplift.optimizer.capture import capture
+from looplift.optimizer.facts import spelled
 from looplift.optimizer.rewritten import Rewritten
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -102,3 +104,15 @@ def test_a_view_of_an_input_is_not_the_input() -> None:
         shown = fast(X)[1]
     assert shown is not X
     assert shown.data_ptr() == X.data_ptr()
+
+
+@pytest.mark.parametrize(("operation", "name"), [
+    (torch.ops.aten._native_batch_norm_legit_functional.default, "batch_norm"),
+    (torch.ops.aten.native_layer_norm.default, "layer_norm"),
+    (torch.ops.aten.linalg_inv_ex.default, "inv"), (torch.ops.aten._softmax.default, "softmax"),
+    (torch.ops.aten.searchsorted.Tensor, "searchsorted"), (torch.ops.aten.exp.default, "exp"),
+    (operator.getitem, "getitem"), (torch.ops.aten.max_pool2d_with_indices.default,
+                                    "max_pool2d_with_indices"),
+])
+def test_operations_have_the_names_that_users_know(operation: Any, name: str) -> None:
+    assert spelled(operation) == name
