@@ -68,6 +68,7 @@ JOINED = 0.25  # of what is computed: so much may be copied at every call
 # what costs as much as to stack what it reads
 MOVING = (aten.index_select.default, aten.gather.default, aten.index.Tensor, aten.flip.default,
           aten.roll.default, aten.clone.default, aten.constant_pad_nd.default, aten.pad.default)
+MOST_LINES = 4  # that are told of one by one for the same reason
 LOOKS_REPEATED = 6  # operations of one kind at one line: more than an expression has
 BETWEEN = "what lies between them is not the same in every step"
 
@@ -134,8 +135,16 @@ class RerollLoops:
                 kind = spelled(nodes[0].target)
                 reasons.setdefault(line, []).append(
                     f"{len(nodes)} times {kind}: {difference(nodes)}")
+        lines: dict[str, list[Line]] = {}
         for line, found in reasons.items():  # the telling ones first
-            yield Skip(self.name, min(found, key=lambda reason: BETWEEN in reason), line)
+            reason = min(found, key=lambda reason: BETWEEN in reason)
+            alike = lines.setdefault(reason.partition(": ")[2], [])
+            alike.append(line)
+            if len(alike) <= MOST_LINES:
+                yield Skip(self.name, reason, line)
+        for why, alike in lines.items():
+            if rest := alike[MOST_LINES:]:
+                yield Skip(self.name, f"and {len(rest)} more lines: {why}", rest[0])
 
     def _in_regions(self, facts: Facts) -> Iterator[Skip]:
         """Lines that ran several times in autocast regions, which are left as they are."""

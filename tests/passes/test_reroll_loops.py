@@ -301,6 +301,28 @@ def test_skips(forward: Forward, reason: str, run: Any) -> None:
     assert found[0].line is not None
 
 
+def triangular_lines(m: Any, x: Tensor) -> Tensor:
+    outputs = []
+    for t in range(x.shape[1]):
+        past = x[:, : t + 1].sin()
+        past = past.exp()
+        past = past.tanh()
+        past = past.sigmoid()
+        past = past.cos()
+        past = past.square()
+        outputs.append(past.sum(1))
+    return torch.stack(outputs, 1)
+
+
+def test_lines_that_are_left_for_one_reason_are_counted(run: Any) -> None:
+    outcome = run(Model(triangular_lines), (torch.randn(3, 6, 4),), [RerollLoops()])
+    told = [s.reason for s in outcome.skips]
+    first = [f"6 times {name}: they work on different sizes"
+             for name in ("sin", "exp", "tanh", "sigmoid")]
+    assert [reason for reason in told if "times" in reason] == first
+    assert "and 3 more lines: they work on different sizes" in told
+
+
 def test_what_would_have_to_be_stacked_at_the_cost_of_the_work_is_no_loop(run: Any) -> None:
     outcome = run(Model(picked), (torch.randn(3, 6, 4),), [RerollLoops()])
     assert outcome.applied == []
