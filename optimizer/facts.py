@@ -47,7 +47,7 @@ FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<number>\d+), in [^\n]*(?:\n\s+(?P<text>[^\n]+))?'
 )
 TORCH = str(Path(torch.__file__).parent)
-OPERATIONS = ("/einops/", "/opt_einsum/")  # packages that stand for operations, not for models
+OPERATIONS = ("/einops/", "/einx/", "/opt_einsum/")  # packages of operations, not of models
 
 
 def source_line(node: Node) -> Line | None:

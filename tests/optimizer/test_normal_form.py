@@ -10,7 +10,7 @@ import looplift
 import pytest
 import torch
 from looplift.optimizer.capture import capture
-from looplift.optimizer.facts import spelled
+from looplift.optimizer.facts import Line, source_line, spelled
 from looplift.optimizer.rewritten import Rewritten
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -116,3 +116,15 @@ def test_a_view_of_an_input_is_not_the_input() -> None:
 ])
 def test_operations_have_the_names_that_users_know(operation: Any, name: str) -> None:
     assert spelled(operation) == name
+
+
+def test_an_operation_stands_at_the_models_own_line() -> None:
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    own, *beside = (Line(f"/site-packages/{file}.py", number, "text").as_frame() for number, file
+                    in enumerate(("model/attention", "einx/_src/frontend/api", "einops/einops",
+                                  "opt_einsum/contract", "torch_einops_utils/sequential")))
+    assert source_line(node) is None
+    for inner, file in ((beside[:3], "attention.py:0"), (beside, "sequential.py:4")):
+        node.meta["stack_trace"] = "\n".join((own, *inner))
+        assert str(source_line(node)) == file
