@@ -63,6 +63,7 @@ PLACED = (
 
 
 MOST_CUTS = 4
+LONGEST_RHYTHM = 64  # trips after which a loop's steps may be alike again
 BYTES_PER_CALL = 1 << 14  # copied in about the time that calling one operation takes
 JOINED = 0.25  # of what is computed: so much may be copied at every call
 # what costs as much as to stack what it reads
@@ -181,16 +182,9 @@ class RerollLoops:
         return loops or found
 
     def _fold(self, runs: Sequence[Sequence[Node]], period: int) -> Loop | Misfit:
-        """The loop that a run is, cut one way or another: all of it, or without a first or last
-        trip that looks alike but is not, or with several of its periods to a trip, as in
-        `f if t % 2 else g`."""
-        run = runs[0]
-        tries = [(r, period) for r in runs]
-        tries += [(run[period:], period), (run[:-period], period)]
-        several = dict.fromkeys((2, 3, 4, rhythm(run, period)))
-        tries += [(run[: len(run) // (k * period) * k * period], k * period) for k in several]
+        """The loop that a run is, cut one way or another."""
         first: Misfit | None = None
-        for part, long in tries:
+        for part, long in cuts(runs, period):
             if len(part) < self.least_trips * long:
                 continue
             try:
@@ -283,16 +277,31 @@ def best_cuts(operations: Sequence[Node], repeat: Repeat) -> list[Sequence[Node]
     return runs
 
 
+def cuts(
+    runs: Sequence[Sequence[Node]], period: int
+) -> Iterator[tuple[Sequence[Node], int]]:
+    """What a run may be a loop as, with the operations of a trip: all of it, or without a first or
+    last trip that looks alike but is not, or with several of its periods to a trip, as in
+    `f if t % 2 else g`."""
+    run = runs[0]
+    yield from ((each, period) for each in runs)
+    yield from ((run[period:], period), (run[:-period], period))
+    for k in sorted({2, 3, 4, rhythm(run, period)} - {1}):
+        yield run[: len(run) // (k * period) * k * period], k * period
+
+
 def rhythm(run: Sequence[Node], period: int) -> int:
     """After how many trips the operations read what lies as far back again: of `h if t % 8 else
-    g` after 8. The first third of the trips, which may read what was before them, does not count.
+    g` after 8; 1 if that is not seen. The first third of the trips, which may read what was before
+    them, does not count.
     """
     place = {node: k for k, node in enumerate(run)}
     back = [tuple(k - place[s] if s in place else None for s in node.all_input_nodes)
             for k, node in enumerate(run)]
-    trips = [back[k : k + period] for k in range(0, len(run), period)]
+    trips = [tuple(back[k : k + period]) for k in range(0, len(run), period)]
     later = trips[len(trips) // 3 :]
-    return next(k for k in range(1, len(later) + 1) if later[k:] == later[: len(later) - k])
+    most = min(len(trips) // 3, LONGEST_RHYTHM)
+    return next((k for k in range(1, most + 1) if later[k:] == later[:-k]), 1)
 
 
 def first_line(run: Sequence[Node], period: int) -> Line | None:
