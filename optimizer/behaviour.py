@@ -185,12 +185,12 @@ def forgiving(want: Observation, truth: Observation, got: Observation) -> Observ
         true, other = truth.values.get(name), got.values.get(name)
         values[name] = tensor
         if true is not None and other is not None and tensor.shape == true.shape == other.shape:
-            alike = (_special(true) == _special(other)) & (_special(tensor) != _special(other))
+            alike = (special(true) == special(other)) & (special(tensor) != special(other))
             values[name] = torch.where(alike, other.to(tensor.dtype), tensor)
     return replace(want, values=values)
 
 
-def _special(tensor: Tensor) -> Tensor:
+def special(tensor: Tensor) -> Tensor:
     """2 where a tensor is NaN, 1 and -1 where it is infinite (-1 if it is complex), else 0."""
     infinite = torch.isinf(tensor).int()
     negative = infinite if tensor.is_complex() else infinite * (tensor < 0)

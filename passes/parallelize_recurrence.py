@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -35,6 +36,8 @@ from ..optimizer.fused import build_kernel, pays
 from ..optimizer.fusible import Fusible, all_at_once, call, fusible
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
+
+COUNTED = (torch.int64, torch.float32, torch.float64)  # dtypes that hold many steps of a number
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ParallelizeRecurrence:
                 continue
 
             def make(build: Builder, scan: Node = scan, term: Any = term) -> Sequence[Node]:
-                return at_once(build, scan, stacked(build, scan, term))
+                return at_once(build, scan, term)
 
             yield replacing(self.name, f"running sum of {trips(scan)} steps → one sum", scan, make)
 
@@ -91,28 +94,27 @@ def summed(scan: Node) -> Node | int | float | None:
     [add], heads = calls, placeholders(body)
     results = cast(tuple[Node, ...], output_node(body).args[0])
     others = [n for n in add.args if n is not heads[0]]
-    if add.kwargs or len(others) != 1:
+    dtype = value(carries[0]).dtype
+    if add.kwargs or len(others) != 1 or dtype is torch.bool:
+        return None
+    if not isinstance(others[0], Node) and dtype not in COUNTED:
         return None
     if results[0] is not add or any(r not in (add, heads[0]) for r in results):
         return None
     return cast("Node | int | float", others[0])
 
 
-def stacked(build: Builder, scan: Node, term: Node | int | float) -> Node:
+def stacked(build: Builder, scan: Node, term: Node) -> Node:
     """The terms of all steps."""
     carries, slices, invariants = (cast(list[Node], scan.args[k]) for k in (1, 2, 3))
-    steps, total = trips(scan), value(carries[0])
-    if not isinstance(term, Node):
-        return build.call(aten.full.default, [steps, *total.shape], term, dtype=total.dtype,
-                          device=total.device)
     place = placeholders(body_of(scan)).index(term) - 1
     if place < len(slices):
         return slices[place]
     same = build.call(aten.unsqueeze.default, invariants[place - len(slices)], 0)
-    return build.call(aten.expand.default, same, [steps, *total.shape])
+    return build.call(aten.expand.default, same, [trips(scan), *shape(carries[0])])
 
 
-def at_once(build: Builder, scan: Node, terms: Node) -> Sequence[Node]:
+def at_once(build: Builder, scan: Node, term: Node | int | float) -> Sequence[Node]:
     """The scan's results: the last total, then the totals before or after each step."""
     [start], steps = cast(list[Node], scan.args[1]), trips(scan)
     head = placeholders(body_of(scan))[0]
@@ -120,10 +122,17 @@ def at_once(build: Builder, scan: Node, terms: Node) -> Sequence[Node]:
     dtype = value(start).dtype  # small integers would be summed as int64
     kept = {} if dtype.is_floating_point or dtype.is_complex else {"dtype": dtype}
     if not outputs:
-        total = build.call(aten.sum.dim_IntList, terms, [0], **kept)
+        total = term * steps if not isinstance(term, Node) else build.call(
+            aten.sum.dim_IntList, stacked(build, scan, term), [0], **kept)
         return [build.call(aten.add.Tensor, start, total)]
     first = build.call(aten.unsqueeze.default, start, 0)
-    sums = build.call(aten.cumsum.default, terms, 0, **kept)
+    if isinstance(term, Node):
+        sums = build.call(aten.cumsum.default, stacked(build, scan, term), 0, **kept)
+    else:
+        counts = build.call(aten.arange.start, 1, steps + 1, dtype=dtype,
+                            device=value(start).device)
+        sums = build.call(aten.mul.Tensor, build.reshape(counts, [steps, *[1] * len(shape(start))]),
+                          term)
     after = build.call(aten.add.Tensor, first, sums)
     before = build.call(aten.cat.default, [first, build.slice(after, 0, 0, steps - 1)], 0) \
         if head in outputs else after

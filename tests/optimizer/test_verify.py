@@ -902,3 +902,35 @@ def test_an_error_that_the_last_bits_of_the_inputs_make_too(other: Run, accurate
         assert isinstance(found, Equal)
         assert found.naive_error < 1e-7
         assert found.error > 64 * 1.2e-7  # more than is allowed without asking for more
+
+
+@pytest.mark.parametrize("beside", [
+    lambda x: functional.logsigmoid(x.clamp(-9, 9)), lambda x: (x.clamp(-9, 9) * 1e3).long(),
+    lambda x: torch.where(x.abs() > 9, torch.inf, functional.logsigmoid(x)),
+])
+def test_beside_a_chaotic_value_another_must_be_right(beside: Run) -> None:
+    """It moves little with the last bits of the inputs, or is no floating number."""
+    x = torch.rand(50) / 10
+
+    def right(_: Program, x: Tensor) -> tuple[Tensor, Tensor]:
+        whole = beside(x).dtype is torch.int64
+        return chaotic_where_large(x), (x * 1e3).long() if whole else functional.logsigmoid(x)
+
+    def wrong(_: Program, x: Tensor) -> tuple[Tensor, Tensor]:
+        return chaotic_where_large(x, rounded=3.0), beside(x)
+
+    found = verify(Program(right, {}), Program(wrong, {}), (x,), mode="inference")
+    assert isinstance(found, Differs)
+    assert verify(Program(right, {}), Program(right, {}), (x,), mode="inference")
+
+
+def test_codes_in_low_precision_that_differ_are_told() -> None:
+    """Four units in the last place of bfloat16 move a value by three percent."""
+    centres, x = random(16, 4, dtype=torch.bfloat16), random(64, 4, dtype=torch.bfloat16)
+
+    def codes(_: Program, x: Tensor) -> Tensor:
+        return (x @ centres.T).argmax(-1)
+
+    found = verify(Program(codes, {}), Program(lambda _, x: codes(_, x.clamp(-6, 6)), {}), (x,),
+                   mode="inference")
+    assert isinstance(found, Differs)
