@@ -17,7 +17,12 @@ from typing import Any
 import sympy
 
 Lengths = tuple[int, ...]
+LARGEST_STRIDE = 16
 NUMBER = re.compile(r"\d+")
+
+
+class NoInteger(ValueError):
+    """Where a formula gives no integer: the numbers follow another rule."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,10 @@ class Formula:
         return sympy.lambdify([sympy.Symbol(n) for n in self.names], (top, bottom), "math")
 
     def at(self, lengths: Lengths) -> int:
-        """The integer at `lengths`; `ValueError` where the formula gives none."""
+        """The integer at `lengths`; `NoInteger` where the formula gives none."""
         top, bottom = self._value(*lengths)
         if top % bottom:
-            raise ValueError(f"{self} is no integer where {self.names} = {lengths}")
+            raise NoInteger(f"{self} is no integer where {self.names} = {lengths}")
         return int(top // bottom)
 
     def __str__(self) -> str:
@@ -200,16 +205,18 @@ def _interpolated(
     remainder, where no line goes through them."""
     symbols = [sympy.Symbol(name) for name in names]
     for powers in _powers(len(names)):
-        if len(powers) > 2 and len(names) == 1 and (found := _remainder(numbers, names, lengths)):
-            return found
+        if len(powers) > 2 and len(names) == 1:
+            found = _remainder(numbers, names, lengths) or _quotient(numbers, names, lengths)
+            if found is not None:
+                return found
         if len(powers) >= len(numbers):
             return None
         rows = sympy.Matrix([[prod(at[k] for k in power) for power in powers] for at in lengths])
         if rows.rank() < len(powers):
             return None
-        for found in sympy.linsolve((rows, sympy.Matrix(numbers))):
+        for factors in sympy.linsolve((rows, sympy.Matrix(numbers))):
             terms = [c * prod(symbols[k] for k in power)
-                     for c, power in zip(found, powers, strict=True)]
+                     for c, power in zip(factors, powers, strict=True)]
             return Formula(sympy.Add(*terms), names)
     return None
 
@@ -225,6 +232,18 @@ def _remainder(
         return None
     before = (apart[0] + size // 2) % size - size // 2
     return Formula(sympy.Mod(sympy.Symbol(names[0]) - before, size), names)
+
+
+def _quotient(
+    numbers: tuple[int, ...], names: tuple[str, ...], lengths: tuple[Lengths, ...]
+) -> Formula | None:
+    """The length divided by a small number, rounded down or up: how many `[::2]` takes."""
+    for size in range(2, LARGEST_STRIDE + 1):
+        for more in (0, size - 1):
+            if all((at + more) // size == n for (at,), n in zip(lengths, numbers, strict=True)):
+                length = sympy.Symbol(names[0]) + more
+                return Formula((length - sympy.Mod(length, size)) / size, names)
+    return None
 
 
 def _powers(count: int) -> Iterator[list[tuple[int, ...]]]:

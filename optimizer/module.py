@@ -21,6 +21,7 @@ from .cases import copied
 from .contract import ContractError
 from .every_length import ComparedLengths, Make, optimize_family
 from .family import Family, family
+from .formula import NoInteger
 from .general import NotOneProgram
 from .lengths import Free, found_lengths, given_lengths
 from .pipeline import Allowed
@@ -265,7 +266,7 @@ class OptimizedModule(nn.Module):
                 self.original, found, leaves, spec, self.options, modes, self.progress,
                 lambda: self._signature(leaves, structure))
             self._note(found.sample)
-        except NotOneProgram as error:
+        except (NotOneProgram, NoInteger) as error:
             return f"known at this length alone: {error}"
         short = found.resized(leaves, found.traced[0])  # where strides tell
         seen = program(found.sample)

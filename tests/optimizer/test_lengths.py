@@ -103,6 +103,14 @@ def test_numbers_on_no_line_have_no_formula_until_a_fourth_shows_a_square() -> N
     assert Samples(["T"], [(10,), (11,), (13,), (14,)]).formula([45, 55, 78, 92]) is None
 
 
+@pytest.mark.parametrize(("numbers", "at_12"), [
+    ([5, 5, 6], 6), ([5, 6, 7], 6), ([3, 3, 4], 4), ([4, 4, 5], 4)])
+def test_parts_of_a_length(numbers: list[int], at_12: int) -> None:
+    found = formula(Samples(["T"], [(10,), (11,), (13,)]), numbers)
+    assert found.at((12,)) == at_12
+    assert eval(str(found), {"T": 12}) == at_12
+
+
 def test_places_in_a_ring() -> None:
     found = formula(Samples(["T"], [(10,), (11,), (13,), (14,)]), [0, 1, 3, 4])
     assert found.at((100,)) == 90
@@ -266,6 +274,22 @@ def test_the_models_of_the_stories(module: Any, length: int, others: tuple[int, 
     fast = optimized(model, *inputs(length), dynamic_shapes=({1: Dim("T")},))
     assert told(fast).startswith("one program for T from")
     serves(fast, model, *map(inputs, others))
+
+
+def every_other(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + x[:, t])
+        outputs.append(h)
+    return torch.stack(outputs, 1)[:, ::2]
+
+
+@pytest.mark.parametrize("size", [40, 600])
+def test_every_other_step(size: int) -> None:
+    model = Model(every_other)
+    fast = optimized(model, *long(size), dynamic_shapes=({1: Dim("T", min=1)},))
+    assert told(fast).startswith("one program for T from 1, ")
+    serves(fast, model, *(long(n) for n in (1, 2, 7, 12, 41, 100)))
 
 
 def two_loops(m: Any, x: Tensor, y: Tensor) -> Any:
