@@ -1135,3 +1135,16 @@ def test_a_model_that_counts_as_false_is_optimized_once() -> None:
         with torch.no_grad():
             assert fast(X) is X
     assert len(fast.report.signatures) == 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("x", [
+    torch.randn(6, 4, 5), torch.randn(6, 5, 4).transpose(1, 2), torch.randn(6, 4, 10)[..., ::2],
+    torch.randn(6, 4, 5, 3), torch.randn(6, 4, 5, 3).to(memory_format=torch.channels_last),
+    torch.randn(5, 4, 6, 3).transpose(0, 2), torch.randn(6, 4),
+])
+def test_a_batch_norm_lies_in_memory_as_it_does_when_it_runs(x: Tensor, train: bool) -> None:
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    model = kinds[x.dim()](4).train(train)
+    [seen, *_] = capture(model, (x,)).seen
+    assert seen.strides == model(x).stride()

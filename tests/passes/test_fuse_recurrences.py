@@ -717,3 +717,16 @@ def test_what_has_no_gradient_has_none() -> None:
     assert_close(fast(x), model(x))
     grads = [torch.autograd.grad(run(x)[2].sum(), model.a.weight) for run in (model, fast)]
     assert_close(grads[1], grads[0])
+
+
+def normalized(m: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(m.a(h) + x[:, t])
+        outputs.append(h)
+    shown = torch.stack(outputs, 1).transpose(1, 2)
+    return nn.functional.batch_norm(shown, None, None, training=True)
+
+
+def test_a_batch_norm_over_what_a_loop_shows() -> None:
+    test_fires_with_the_same_values_and_gradients(normalized)
