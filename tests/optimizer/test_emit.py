@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 X, Y = torch.rand(3, 3) + 0.5, torch.rand(3, 3) + 0.5
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "full": ([3, 4], 0.5), "zeros": ([3, 4],), "ones": ([3, 4],),
     "reshape": (X, [9]), "permute": (X, [1, 0]), "expand": (X, [2, 3, 3]), "unsqueeze": (X, 0),
     "select": (X, 0, 1), "unfold": (X, 0, 2, 1), "new_zeros": (X, [2]), "squeeze": (X, 0),
     "linear": (X, Y), "scaled_dot_product_attention": (X[None], Y[None], X[None]),
