@@ -13,7 +13,7 @@ from .builder import Builder, fake_result
 from .facts import WRITES, aten, is_op, is_tensor, shape, value
 from .fold import WITH_TENSOR, Loop, Write, filled, position
 from .interleave import write_windows
-from .normal_rules import FILLED_LIKE
+from .normal_rules import FILLED_LIKE, filled_with
 from .reads import lanes
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
@@ -186,8 +186,8 @@ class _Assembly:
         put = partial(self._put, node)
         options = {"dtype": made.dtype, "device": made.device}
         if node.target in FILLED_LIKE:
-            number = args[1] if len(args) > 1 else FILLED_LIKE[node.target]
-            return put(aten.full.default, list(made.shape), number, **options)
+            return put(aten.full.default, list(made.shape), filled_with(node.target, args),
+                       **options)
         if made.device.type != "cpu":
             return None
         if node.target in LIKE:

@@ -77,7 +77,8 @@ def optimize_family(
         return Example(found.capture(resized), *pytree.tree_unflatten(resized, spec))
 
     short, here = _untraced(found), example(chosen_at)
-    brief = example(short) if _growth(short, chosen_at) > BRIEF else None
+    worth = options.verify and _growth(short, chosen_at) > BRIEF
+    brief = example(short) if worth else None
     # what is little memory at these lengths may be much at those that are wanted
     little = LITTLE * min(1.0, 1 / growth)
     seen: dict[Lengths, Seen] = {}
@@ -300,8 +301,9 @@ class EachLength:
                 continue
             end = time.perf_counter() + SLOW
             if self._is_right(made, shorter[-1]):
-                shorter, least[k] = [], shorter[-1][k]
-            for lengths in shorter:
+                least[k] = shorter[-1][k]
+                continue
+            for lengths in shorter[:-1]:
                 if time.perf_counter() > end or not self._is_right(made, lengths):
                     break
                 least[k] = lengths[k]

@@ -189,13 +189,18 @@ def _einsum(node: Node, build: Builder) -> Node | None:
     return None
 
 
+def filled_with(target: Any, args: Sequence[Any]) -> Any:
+    """The number that `zeros_like`, `ones_like` or `full_like` fills a tensor with."""
+    return args[1] if len(args) > 1 else FILLED_LIKE[target]
+
+
 def _filled_like(node: Node, build: Builder) -> Node | None:
     """What is filled like a tensor of the model's depends on its size alone: a state made anew."""
     source, made = cast(Node, node.args[0]), value(node)
     if "state" not in source.meta or "memory_format" in node.kwargs \
             or not value(source).is_contiguous():
         return None
-    number = node.args[1] if len(node.args) > 1 else FILLED_LIKE[node.target]
+    number = filled_with(node.target, node.args)
     return build.call(aten.full.default, list(made.shape), number, dtype=made.dtype,
                       device=made.device)
 

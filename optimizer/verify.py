@@ -157,21 +157,23 @@ class _Comparison:
         """All questions on one case; on inputs that are not the caller's it tells nothing where
         the model would differ from itself."""
         before = self.worst, self.error
-        found, width = self._differs(b, case, training)
-        if found is not None and case.name != FIRST and self._unstable(b, case, training, width):
+        found, width, theirs, ours = self._differs(b, case, training)
+        if found is not None and case.name != FIRST \
+                and self._unstable(case, training, width, theirs, ours):
             self.exact, (self.worst, self.error) = False, before
             self.unstable.setdefault(case.name)
             return None
         return found
 
-    def _unstable(self, b: nn.Module, case: Case, training: bool, width: Width) -> bool:
+    def _unstable(
+        self, case: Case, training: bool, width: Width, theirs: Observation, ours: Observation
+    ) -> bool:
         """Whether each value that differs is one that differs about as much in the model itself
         where its inputs and parameters move by a few units in the last place: it is chaotic
         there, or diverges."""
-        theirs, moved = (self._observe(self.a, case, training, width, again=False, moved=moved)
-                         for moved in (False, True))
-        ours = self._observe(b, case, training, width, again=False)
-        if theirs.exception or ours.exception or moved.exception or ours.facts != theirs.facts:
+        moved = self._observe(self.a, case, training, width, again=False, moved=True)
+        if theirs.exception or ours.exception or moved.exception or ours.facts != theirs.facts \
+                or not theirs.values.keys() == ours.values.keys() == moved.values.keys():
             return False
         counts = self._counts(theirs)
         for name, want, got in _pairs(theirs, ours):
@@ -188,8 +190,8 @@ class _Comparison:
 
     def _differs(
         self, b: nn.Module, case: Case, training: bool
-    ) -> tuple[Differs | None, Width]:
-        """How `b` differs on one case, and in which width."""
+    ) -> tuple[Differs | None, Width, Observation, Observation]:
+        """How `b` differs on one case, in which width, and what both did in it."""
         theirs, ours = (self._observe(m, case, training, Width.OWN) for m in (self.a, b))
         self.raised += theirs.exception is not None
         found = self._behaves(case, training, theirs, ours)
@@ -197,15 +199,15 @@ class _Comparison:
             truth = self._observe(self.a, case, training, Width.DOUBLE)
             found = self._behaves(case, training, forgiving(theirs, truth, ours), ours)
         if found is not None or case.odd or not self.doubles:
-            return found, Width.OWN
+            return found, Width.OWN, theirs, ours
         truth, wide = (self._observe(m, case, training, Width.DOUBLE) for m in (self.a, b))
         if truth.exception is not None and theirs.exception is None:
             self.doubles = False
-            return self._behaves(case, training, theirs, ours), Width.OWN
+            return self._behaves(case, training, theirs, ours), Width.OWN, theirs, ours
         found = self._same_function(case, training, truth, wide)
         if case.usual and found is None:
             self._note_errors(case, training, truth, theirs, ours)
-        return found, Width.DOUBLE
+        return found, Width.DOUBLE, truth, wide
 
     def once(
         self, training: bool, widths: Sequence[Width], seen: Seen

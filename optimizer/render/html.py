@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, Template
 
 from ..report import Report
-from .terminal import duration, headline, shown, size
+from .terminal import candidate, duration, headline, size
 
 
 @cache
@@ -24,4 +24,4 @@ def _template() -> Template:
 def as_html(report: Report, page: bool = False) -> str:
     """HTML of the report; with `page`, a whole document."""
     return _template().render(report=report, headline=lambda mode: headline(mode).plain,
-                              shown=shown, page=page)
+                              candidate=candidate, page=page)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -58,7 +58,7 @@ def _mode(mode: ModeReport) -> Iterator[RenderableType]:
         yield Padding(Text("not done", "bold"), (1, 0, 0, 0))
         yield Padding(_declined(mode), (0, 0, 0, 2))
     if mode.comparison is not None:
-        yield Padding(comparison_table(mode.comparison, shown(mode)), (1, 0, 0, 0))
+        yield Padding(comparison_table(mode.comparison, bool(mode.rewrites)), (1, 0, 0, 0))
     if isinstance(mode.verdict, Equal):
         yield Padding(
             Text("not proven: " + "; ".join(mode.verdict.unproven), "dim"), (1, 0, 0, 0)
@@ -112,12 +112,12 @@ def _declined(mode: ModeReport) -> Table:
     return table
 
 
-def shown(mode: ModeReport) -> Callable[[str], str]:
+def candidate(name: str, kept: bool) -> str:
     """A candidate's name, with a word where it is not what runs."""
-    return lambda name: "looplift, not kept" if name == "looplift" and not mode.rewrites else name
+    return "looplift, not kept" if name == "looplift" and not kept else name
 
 
-def comparison_table(comparison: Comparison, shown: Callable[[str], str] = str) -> Table:
+def comparison_table(comparison: Comparison, kept: bool = True) -> Table:
     """Times, ratios with their spread, and peak memory of all candidates."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column(comparison.mode)
@@ -126,7 +126,7 @@ def comparison_table(comparison: Comparison, shown: Callable[[str], str] = str) 
     for timing in comparison.timings:
         memory = size(timing.memory) if timing.memory is not None else "–"
         table.add_row(
-            shown(timing.name), duration(timing.seconds), f"{timing.ratio:.2f}x",
+            candidate(timing.name, kept), duration(timing.seconds), f"{timing.ratio:.2f}x",
             f"{timing.low:.2f}–{timing.high:.2f}", memory,
         )
     table.caption = (

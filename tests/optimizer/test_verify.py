@@ -934,3 +934,14 @@ def test_codes_in_low_precision_that_differ_are_told() -> None:
     found = verify(Program(codes, {}), Program(lambda _, x: codes(_, x.clamp(-6, 6)), {}), (x,),
                    mode="inference")
     assert isinstance(found, Differs)
+
+
+def test_a_number_of_outputs_that_the_last_bits_decide() -> None:
+    def several(rounded: float) -> Run:
+        return lambda _, x: [chaotic_where_large(x, rounded)] * int(
+            (chaotic_where_large(x) > 0).sum())
+
+    for _ in range(4):
+        found = verify(Program(several(1.0), {}), Program(several(3.0), {}), (torch.rand(50) / 10,),
+                       mode="inference")
+        assert "large inputs" in (str(found) if isinstance(found, Differs) else found.unproven[-1])
