@@ -23,6 +23,7 @@ from .emit import emit
 from .facts import aten, behind, shape
 from .joint import joint
 from .step import Counts, Sizes, placed, remembered
+from .unread import Unread
 
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
@@ -43,11 +44,14 @@ class Term:
     """A summand of an invariant's gradient: `chain`, linear, of the sum over steps of its root.
 
     The root is a sum that the walk carries, or of factors: the product of two, or one as it is.
+    `chain` is the source of a function of one tensor. In the last steps, as many as `unread`,
+    there is no summand.
     """
 
-    chain: tuple[Node, ...]
+    chain: str
     carry: int = -1
     factors: tuple[Factor, ...] = ()
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Backward:
     """A differentiated step, and by name what it reads and makes for all steps.
 
     Names: `history_k` (of a carry), `slice_k`, `grad_k` (of an output), `before_k` (results of
-    `before`, source of one step's products of `before_slices` and all invariants),
-    `to_slice_k`.
+    `before`, source of one step's products of `before_slices` and all invariants), `left_0` (how
+    many steps come after), `to_slice_k`.
     """
 
     step: str
@@ -86,12 +90,13 @@ class Backward:
 @remembered
 def backward_of(
     step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...],
-    without: frozenset[int] = frozenset(),
+    without: frozenset[int] = frozenset(), unread: tuple[tuple[int, int], ...] = (),
 ) -> Backward:
     """The backward of a step on arguments of `sizes`, as far as their gradients are `wanted`,
-    where the outputs of the numbers `without` have none themselves."""
+    where the outputs of the numbers `without` have none themselves, nor have updates of carries
+    that are `unread` in so many of the last steps."""
     graph_module, present = joint(step, sizes, counts, wanted, without)
-    return _Division(graph_module, counts, present).made()
+    return _Division(graph_module, counts, present).made(dict(unread))
 
 
 def _pieces(wanted: dict[str, Node]) -> dict[str, tuple[str, int, int, int]]:
@@ -132,13 +137,17 @@ class _Division:
                       and n not in self.walks
                       and any(a not in self.varies for a in n.all_input_nodes)]
 
-    def made(self) -> Backward:
+    def made(self, unread: dict[int, int]) -> Backward:
         held, read, _ = self.counts
+        found = {k - held - read: self._terms(n)
+                 for k, n in zip(self.present[held:], self.results[held:], strict=True)
+                 if k >= held + read}
+        self._leave_out(unread)
         to = dict(zip(self.present[held:], self.results[held:], strict=True))
         wanted = {f"to_slice_{k - held}": node for k, node in to.items() if k < held + read}
         sums: list[Node] = []
-        ends = {k - held - read: self._added(self._terms(n), wanted) for k, n in to.items()
-                if k >= held + read}
+        ends = {k: self._added([(self._summed(root), chain) for root, chain in terms], wanted)
+                for k, terms in found.items()}
         for root, _ in [end for found in ends.values() for end in found]:
             if root.target in PRODUCTS:  # first: their factors may be what another root is
                 self._factors(root, wanted)
@@ -158,6 +167,17 @@ class _Division:
             tuple(int(n.name.removeprefix("invariant_")) for n in fixed), tuple(wanted),
             before, tuple(n.name for n in heads), pieces, to_invariants,
         )
+
+    def _leave_out(self, unread: dict[int, int]) -> None:
+        """Gradients of updates that nobody reads are zero from now on, where others join them."""
+        self.unread = Unread(self.graph, unread)
+        self.results = [self.unread.read(n) for n in self.results]
+        if self.unread.left is not None:
+            self.heads.append(self.unread.left)
+
+    def _summed(self, root: Node) -> Node:
+        """What the sum of all steps adds up; factors of products are left out after the walk."""
+        return root if root.target in PRODUCTS else self.unread.read(root)
 
     def _is_fixed(self, node: Node) -> bool:
         return node in self.heads and node.name.startswith("invariant_")
@@ -211,14 +231,27 @@ class _Division:
     def _term(
         self, root: Node, chain: tuple[Node, ...], sums: list[Node], wanted: dict[str, Node]
     ) -> Term:
+        linear = self._chained(root, chain)
         if root.target in PRODUCTS:
-            return Term(chain, factors=self._factors(root, wanted))
+            return Term(linear, factors=self._factors(root, wanted),
+                        unread=self.unread.steps.get(root, 0))
         name = next((name for name, node in wanted.items() if node is root), None)
         if name is not None:
-            return Term(chain, factors=(Factor(name, tuple(range(len(shape(root)) + 1))),))
+            return Term(linear, factors=(Factor(name, tuple(range(len(shape(root)) + 1))),))
         if root not in sums:
             sums.append(root)
-        return Term(chain, carry=sums.index(root))
+        return Term(linear, carry=sums.index(root))
+
+    def _chained(self, root: Node, chain: tuple[Node, ...]) -> str:
+        graph = Graph()
+        made = graph.placeholder("total")
+        made.meta.update(root.meta)
+        for node in chain:
+            target: Any = node.target
+            made = graph.call_function(target, (made, *node.args[1:]), node.kwargs)
+            made.meta.update(node.meta)
+        graph.output([made])
+        return _source(GraphModule(self.root, graph))
 
     def _factors(self, product: Node, wanted: dict[str, Node]) -> tuple[Factor, ...]:
         """What a product multiplies; the walk returns what is not there before it."""
@@ -232,6 +265,7 @@ class _Division:
             if factor in self.heads and not factor.name.startswith("carry_"):
                 made.append(Factor(factor.name, place))
                 continue
+            factor = self.unread.read(factor)
             name = next((name for name, node in wanted.items() if node is factor),
                         f"factor_{len(wanted)}")
             wanted[name] = factor

@@ -69,6 +69,7 @@ TORCH_FUNCTIONS = {
     aten.embedding.default, aten.zeros_like.default, aten.full_like.default, aten.rsub.Scalar,
     aten.mm.default, aten.baddbmm.default, aten.clamp.default, aten.reciprocal.default,
     aten.addcmul.default, aten.full.default, aten.zeros.default, aten.ones.default,
+    aten.ones_like.default,
 }
 
 

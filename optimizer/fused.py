@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .backward import backward_of
 from .compiled import compiled
 from .kernel_loops import contiguous
 from .loop import plain_loop
-from .packing import Lie, kernel_for, plan, step_sizes
+from .packing import Lie, Plan, kernel_for, plan, step_sizes
 from .pointwise import Unsupported
 from .step import Counts, Sizes, step_function
 from .walk import backward, keep, result_sizes
@@ -124,9 +125,48 @@ def _run(
     axes: Sequence[int], reverse: bool, spent: frozenset[int] = frozenset(),
 ) -> list[Tensor]:
     """`fused_scan`, results in any layout; outputs may be written over slices that are `spent`."""
+    given, counts = (*carries, *slices, *invariants), (len(carries), len(slices), len(invariants))
+    device, dtype = carries[0].device.type, carries[0].dtype
+    if (device, dtype) in KINDS and device not in GPUS:
+        lies = tuple([(t.shape, t.stride(), t.dtype, t.device, t.is_neg()) for t in given])
+        found = _planned(step, lies, counts, tuple(axes), reverse, spent)
+        library = found and compiled(found.source)
+        if found is not None and library is not None:
+            numbers, made, _alive = found.packed(given)
+            threads = torch.get_num_threads() if found.work >= SMALL else 1
+            getattr(library, DTYPES[dtype])(
+                numbers, found.sizes, ctypes.c_int64(found.steps), ctypes.c_int64(threads))
+            return made
+    return _otherwise(step, carries, slices, invariants, axes, reverse, spent)
+
+
+@lru_cache(maxsize=512)
+def _planned(
+    step: str, lies: tuple[Any, ...], counts: Counts, axes: tuple[int, ...], reverse: bool,
+    spent: frozenset[int],
+) -> Plan | None:
+    """The plan for a call of a kernel on the CPU, None where none can be called; `lies`: sizes,
+    strides, dtype and device of each argument, and whether it is negated where it is read."""
+    held, read, _ = counts
+    kinds = {(dtype, device, negated) for *_, dtype, device, negated in lies}
+    if len(kinds) > 1 or lies[0][-1] or len({size[0] for size, *_ in lies[held : held + read]}) > 1:
+        return None
+    shapes = tuple((tuple(size), strides) for size, strides, *_ in lies)
+    return plan(step, shapes, counts, lies[0][2].itemsize, axes, reverse, spent)
+
+
+def _otherwise(
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    axes: Sequence[int], reverse: bool, spent: frozenset[int],
+) -> list[Tensor]:
+    """`_run` on arguments as they are not for a kernel on the CPU."""
     given, first = (*carries, *slices, *invariants), carries[0]
     if any(t.shape[0] != slices[0].shape[0] for t in slices):
         raise ValueError(f"slices hold {[t.shape[0] for t in slices]} steps, not equally many")
+    if any(t.is_neg() for t in given):  # a kernel sees memory
+        carries, slices, invariants = ([t.resolve_neg() for t in ts]
+                                       for ts in (carries, slices, invariants))
+        return _run(step, carries, slices, invariants, axes, reverse)
     if any((t.device, t.dtype) != (first.device, first.dtype) for t in given
            if not (_is_number(t) and first.dtype in HALVES)):
         return plain(step, carries, slices, invariants, axes, reverse)
@@ -135,7 +175,9 @@ def _run(
                                        for ts in (carries, slices, invariants))
         made = _run(step, carries, slices, invariants, axes, reverse, spent)
         return [t.to(first.dtype) for t in made]
-    return _by_kernel(step, carries, slices, invariants, axes, reverse, spent) \
+    counts = len(carries), len(slices), len(invariants)
+    on_gpu = first.device.type in GPUS and (first.device.type, first.dtype) in KINDS
+    return (on_gpu and triton_run.run(step, given, counts, axes, reverse)) \
         or _at_once(step, carries, slices, invariants, axes, reverse) \
         or plain(step, carries, slices, invariants, axes, reverse)
 
@@ -143,28 +185,6 @@ def _run(
 def _is_number(tensor: Tensor) -> bool:
     """Whether it is one number, which operations on half precision take as it is."""
     return not tensor.dim() and tensor.dtype is torch.float32
-
-
-def _by_kernel(
-    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
-    axes: Sequence[int], reverse: bool, spent: frozenset[int],
-) -> list[Tensor] | None:
-    given = [t.resolve_neg() for t in (*carries, *slices, *invariants)]  # a kernel sees memory
-    first, counts = carries[0], (len(carries), len(slices), len(invariants))
-    if (first.device.type, first.dtype) not in KINDS:
-        return None
-    if first.device.type in GPUS:
-        return triton_run.run(step, given, counts, axes, reverse)
-    shapes = tuple((t.shape, t.stride()) for t in given)
-    found = plan(step, shapes, counts, first.element_size(), tuple(axes), reverse, spent)
-    library = found and compiled(found.source)
-    if found is None or library is None:
-        return None
-    numbers, made, _alive = found.packed(given)
-    threads = torch.get_num_threads() if found.work >= SMALL else 1
-    getattr(library, DTYPES[first.dtype])(
-        numbers, found.sizes, ctypes.c_int64(found.steps), ctypes.c_int64(threads))
-    return made
 
 
 def pays(steps: int, carries: Sequence[Tensor]) -> bool:
@@ -254,7 +274,6 @@ class _Direct(torch.autograd.Function):
         step, (held, read, _), axes, reverse = call
         inputs = step, given[:held], given[held : held + read], given[held + read :], axes, reverse
         made = list(map(_alone, _operate(*inputs)))
-        ctx.set_materialize_grads(False)
         keep(ctx, inputs, made)
         return tuple(made)
 

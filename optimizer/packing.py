@@ -32,6 +32,10 @@ class Lie(NamedTuple):
         """Those of one of its steps."""
         return Lie(self.sizes[1:], self.strides[1:])
 
+    def with_steps_at(self, axis: int) -> Lie:
+        """The same memory, its first axis at `axis`."""
+        return Lie(*((*own[1 : axis + 1], *own[:1], *own[axis + 1 :]) for own in self))
+
     def empty(self, like: Tensor) -> Tensor:
         return torch.empty_strided(self.sizes, self.strides, dtype=like.dtype, device=like.device)
 
@@ -129,15 +133,13 @@ class Plan:
         """The kernel's arguments, its results, and all tensors that have to stay alive."""
         tensors = [self.copied[k].empty(t).copy_(t) if k in self.copied else t
                    for k, t in enumerate(given)]
-        made = [tensors[lie] if isinstance(lie, int) else lie.empty(given[0])
-                for lie, _ in self.made]
+        made = [tensors[lie].movedim(0, axis) if isinstance(lie, int) else lie.empty(given[0])
+                for lie, axis in self.made]
         tensors += made
         numbers = type(self.numbers).from_buffer_copy(self.numbers)
         for k, start in enumerate(self.starts):
             numbers[k * RECORD] = tensors[k].data_ptr() + start
-        results = [t.movedim(0, axis) if axis else t
-                   for t, (_, axis) in zip(made, self.made, strict=True)]
-        return numbers, results, tensors
+        return numbers, made, tensors
 
 
 @remembered
@@ -174,7 +176,7 @@ def plan(
                 own = _packed(how, (steps, *sizes), True)
         else:
             own = _packed(how, sizes, False)
-        made.append((chosen.overwrites.get(k, own), axis))
+        made.append((chosen.overwrites.get(k, own.with_steps_at(axis)), axis))
         lies.append(lies[chosen.overwrites[k]] if k in chosen.overwrites else own)
     once = [lie.of_step() if k in moves else lie for k, lie in enumerate(lies)]
     free, rows = _coalesced(chosen, [_free_strides(lie.strides, chosen, k)

@@ -18,7 +18,7 @@ from .facts import WASTED, Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
 from .turns import TRACING
-from .waste import last_steps_apart
+from .waste import last_steps_apart, left_out, may_stay, wasting
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,18 @@ def run_passes(
     allow_approximate: bool = False, allow_random_reorder: bool = False, training: bool = False,
 ) -> Outcome:
     """Run `passes` on a copy of the captured graph, without the rewrites of `excluded` groups;
-    for `training` without the last update of a state that nobody reads: it has no gradient."""
+    for `training` without a gradient of what a last step computes and nobody reads."""
     passes, allowed = tuple(passes), Allowed(allow_approximate, allow_random_reorder)
     first = begun(captured, passes[:1], excluded, allowed)
-    outcome = Outcome(duplicate(first.graph_module), list(first.applied), list(first.skips))
-    if training:
-        last_steps_apart(outcome.graph_module, captured.fake_mode)
-    _run(outcome, captured, passes[1:], excluded, allowed, training)
+    wasted = wasting(first.graph_module) if training else []
+    for apart in (False, True) if all(map(may_stay, wasted)) else (True,):
+        outcome = Outcome(duplicate(first.graph_module), list(first.applied), list(first.skips))
+        given = {n for graph in all_graphs(outcome.graph_module) for n in graph.graph.nodes}
+        if apart:
+            last_steps_apart(outcome.graph_module, captured.fake_mode)
+        _run(outcome, captured, passes[1:], excluded, allowed, training)
+        if not wasted or left_out(outcome.graph_module, given):
+            break
     merge_equal(outcome.graph_module)
     if training:
         outputs_apart(outcome.graph_module, captured.fake_mode)

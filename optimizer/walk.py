@@ -28,6 +28,7 @@ from .step import (
     step_function,
     traced,
 )
+from .unread import unread
 
 CHUNK = 1 << 22  # bytes beside the gradients that one chunk may need
 LEAST = 64  # steps of a chunk
@@ -56,13 +57,16 @@ def shown(step: str, sizes: tuple[Sizes, ...], held: int) -> dict[int, tuple[int
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
     """What the backward needs of a call, and which of its results have none."""
+    ctx.set_materialize_grads(False)
     ctx.step, carries, slices, invariants, ctx.axes, ctx.reverse = inputs
     held, _, _ = ctx.counts = len(carries), len(slices), len(invariants)
-    given, sizes = (*carries, *slices, *invariants), step_sizes(carries, slices, invariants)
-    have = differentiable(ctx.step, sizes, held, tuple(t.requires_grad for t in given),
+    given = (*carries, *slices, *invariants)
+    ctx.sizes = step_sizes(carries, slices, invariants)
+    ctx.wanted = tuple([t.requires_grad for t in given])
+    have = differentiable(ctx.step, ctx.sizes, held, ctx.wanted,
                           min(slices[0].shape[0], held + 1))
     ctx.mark_non_differentiable(*(t for t, has in zip(output, have, strict=True) if not has))
-    found = shown(ctx.step, sizes, held)
+    found = shown(ctx.step, ctx.sizes, held)
     ctx.save_for_backward(*given, *(output[held + number] for number, _ in found.values()))
 
 
@@ -77,12 +81,58 @@ def backward(
 
 
 @dataclass(frozen=True)
+class _Course:
+    """What of a walk is the same whatever the numbers are.
+
+    `shown`: the carries that the step returns; `hidden`: those to be computed again; `zeros`: the
+    sizes of those whose last value has no gradient; `beside`: numbers of one step that are in
+    memory beside the gradients.
+    """
+
+    back: Backward
+    shown: dict[int, tuple[int, bool]]
+    hidden: tuple[int, ...]
+    zeros: dict[int, Sizes]  # by number
+    beside: int
+
+
+@lru_cache(maxsize=512)
+def _course(
+    step: str, sizes: tuple[Sizes, ...], counts: Counts, wanted: tuple[bool, ...],
+    given: tuple[bool, ...],
+) -> _Course:
+    """The course of a walk back that gives gradients to what is `wanted`; `given`: which of the
+    results have some."""
+    held = counts[0]
+    there = shown(step, sizes, held)
+    without = frozenset(k for k, has in enumerate(given[held:]) if not has)
+    updates = unread(step, sizes, counts, given)
+    back = backward_of(step, sizes, counts, wanted, without, tuple(updates.items()))
+    hidden = tuple(k for k in range(held) if k not in there) \
+        if any(k not in there for k in back.histories) else ()
+    zeros = {k: sizes[k] for k in range(held) if not given[k]}
+    first = held + len(back.sums)
+    beside = sum(math.prod(size) for size, name in zip(back.sizes[first:], back.slices,
+                                                       strict=False) if name.startswith("before"))
+    beside += sum(math.prod(sizes[k]) for k in (*back.histories, *hidden))
+    beside += sum(math.prod(sizes[0]) for name in back.outputs if name.startswith("factor"))
+    return _Course(back, there, hidden, zeros, beside)
+
+
+@dataclass(frozen=True)
 class _Span:
-    """Steps `start` to `stop`; the carries with which the scan entered them."""
+    """Steps `start` to `stop`, of so many as there are; the carries with which the scan entered
+    them."""
 
     start: int
     stop: int
+    steps: int
     carries: dict[int, Tensor]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that holds all steps."""
+        whole = self.stop - self.start == self.steps
+        return tensor if whole else tensor[self.start : self.stop]
 
 
 class _Walk:
@@ -93,32 +143,23 @@ class _Walk:
     ) -> None:
         self.scan, self.step, self.reverse, self.counts = scan, ctx.step, ctx.reverse, ctx.counts
         held, read, fixed = ctx.counts
+        self.course = course = _course(ctx.step, ctx.sizes, ctx.counts, ctx.wanted,
+                                       tuple([g is not None for g in grads]))
         self.carries, self.slices = saved[:held], saved[held : held + read]
         self.invariants = saved[held + read : held + read + fixed]
         self.steps: int = self.slices[0].shape[0]
-        arguments = (self.carries, self.slices, self.invariants)
-        sizes = step_sizes(*arguments)
-        self.shown = shown(ctx.step, sizes, held)
-        self.outputs = {k: output.movedim(ctx.axes[j], 0) for (k, (j, _)), output in
-                        zip(self.shown.items(), saved[held + read + fixed :], strict=True)}
-        like = self.carries[0]
-        stored = frozenset(j for j, after in self.shown.values()
-                           if not after and grads[held + j] is None)
-        # by their places: of the final carries, then of the outputs but those that are `stored`
-        self.grads = {
-            k: like.new_zeros([self.steps] * (k >= held) + list(size)) if g is None else
-            g if k < held else g.movedim(ctx.axes[k - held], 0)
-            for k, (g, size) in enumerate(zip(grads, result_sizes(ctx.step, sizes), strict=True))
-            if k - held not in stored}
-        wanted = tuple(t.requires_grad for ts in arguments for t in ts)
-        self.back: Backward = backward_of(ctx.step, sizes, ctx.counts, wanted, stored)
-        self.hidden = [k for k in range(held) if k not in self.outputs] \
-            if any(k not in self.outputs for k in self.back.histories) else []
+        self.outputs = {k: _steps_first(output, ctx.axes[j]) for (k, (j, _)), output in
+                        zip(course.shown.items(), saved[held + read + fixed :], strict=True)}
+        # by their places: of the final carries, then of the outputs that have some
+        self.grads = {k: g if k < held else _steps_first(g, ctx.axes[k - held])
+                      for k, g in enumerate(grads) if g is not None}
+        self.grads |= {k: self.carries[0].new_zeros(size) for k, size in course.zeros.items()}
 
     def run(self, whole: bool) -> tuple[list[Tensor], list[Any], list[Any]]:
         held, read, fixed = self.counts
-        back, like = self.back, self.carries[0]
-        spans = self._spans(self.steps if whole else self._chunk())
+        back, like = self.course.back, self.carries[0]
+        most: int = CHUNK // max(self.course.beside * like.element_size(), 1)
+        spans = self._spans(self.steps if whole else max(most, LEAST))
         carried = [self.grads[k] for k in range(held)]
         carried += [like.new_zeros(size) for size in back.sums]
         names = [f"to_slice_{k}" for k in range(read)]
@@ -129,14 +170,14 @@ class _Walk:
             totals[k] = totals[k] + found if k in totals else found
 
         for span in reversed(spans):
-            carried, known = self._chunk_walked(span, carried)
-            for name in names:
-                if name in known:
-                    parts.setdefault(name, []).append(known[name])
+            carried, known = self._span_walked(span, carried)
+            for name in filter(known.__contains__, names):
+                parts.setdefault(name, []).append(known[name])
             for k, terms in back.to_invariants.items():
                 for term in terms:
                     if term.factors:
-                        add(k, _product(term, known))
+                        add(k, _product(term, [self._factor(f.name, term.unread, span, known)
+                                               for f in term.factors]))
         for k, terms in back.to_invariants.items():
             for term in terms:
                 if not term.factors:
@@ -146,18 +187,6 @@ class _Walk:
                   for name, found in parts.items()}
         return carried[:held], [joined.get(n) for n in names], \
             [totals.get(k) for k in range(fixed)]
-
-    def _chunk(self) -> int:
-        """Steps of a chunk: what it needs beside the gradients is no more than `CHUNK`."""
-        back = self.back
-        first = self.counts[0] + len(back.sums)
-        own = [size for size, name in zip(back.sizes[first:], back.slices, strict=False)
-               if name.startswith("before")]
-        beside: int = sum(map(math.prod, own)) + sum(
-            self.carries[k].numel() for k in (*back.histories, *self.hidden))
-        beside += sum(self.carries[0].numel() for n in back.outputs if n.startswith("factor"))
-        most: int = CHUNK // max(beside * self.carries[0].element_size(), 1)
-        return max(most, LEAST)
 
     def _spans(self, chunk: int) -> list[_Span]:
         """The chunks in the order in which the scan ran through them, as even as can be."""
@@ -169,39 +198,34 @@ class _Walk:
         held = dict(enumerate(self.carries))
         spans = []
         for number, (start, stop) in enumerate(order):
-            spans.append(_Span(start, stop, dict(held)))
+            spans.append(_Span(start, stop, self.steps, dict(held)))
             if number + 1 < len(order):
-                if self.hidden:
-                    _, ends = self._histories(spans[-1])
+                if self.course.hidden:
+                    _, ends = self._computed_again(spans[-1])
                     held |= ends
                 last, following = (start, start - 1) if self.reverse else (stop - 1, stop)
                 held |= {k: self.outputs[k][last if after else following]
-                         for k, (_, after) in self.shown.items()}
+                         for k, (_, after) in self.course.shown.items()}
         return spans
 
-    def _histories(self, span: _Span) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """The carries as each step of a span found them, and those that no output shows after it;
-        they are computed again, with the others as slices."""
-        known = {f"history_{k}": self._shown(k, span) for k in self.outputs
-                 if self.hidden or k in self.back.histories}
-        if not self.hidden:
-            return known, {}
+    def _computed_again(self, span: _Span) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """The hidden carries as each step of a span found them, and as it left them; the others
+        are slices."""
+        hidden = self.course.hidden
         step = _with_history(self.step, self.counts, tuple(self.outputs))
-        slices = [*(known[f"history_{k}"] for k in self.outputs),
-                  *(s[span.start : span.stop] for s in self.slices)]
-        count = len(self.hidden)
-        found = self.scan(step, [span.carries[k] for k in self.hidden], slices, self.invariants,
-                          [0] * count, self.reverse, frozenset())
-        known |= {f"history_{k}": t for k, t in zip(self.hidden, found[count:], strict=True)}
-        return known, dict(zip(self.hidden, found, strict=False))
+        slices = [*(self._shown(k, span) for k in self.outputs), *map(span.of, self.slices)]
+        found = self.scan(step, [span.carries[k] for k in hidden], slices, self.invariants,
+                          [0] * len(hidden), self.reverse, frozenset())
+        histories = zip(hidden, found[len(hidden) :], strict=True)
+        return {f"history_{k}": t for k, t in histories}, dict(zip(hidden, found, strict=False))
 
     def _shown(self, k: int, span: _Span) -> Tensor:
         """A carry as each step of a span found it, of what the steps returned of it."""
         output: Tensor = self.outputs[k]
-        after = self.shown[k][1]
+        after = self.course.shown[k][1]
         start, stop = span.start, span.stop
         if not after:
-            return output[start:stop]
+            return span.of(output)
         if self.reverse and stop < self.steps:
             return output[start + 1 : stop + 1]
         if not self.reverse and start > 0:
@@ -210,36 +234,71 @@ class _Walk:
         return torch.cat([output[start + 1 :], first] if self.reverse else
                          [first, output[: stop - 1]])
 
-    def _chunk_walked(
+    def _known(self, name: str, span: _Span, made: dict[str, Tensor]) -> Tensor:
+        """What a differentiated step reads, of all steps of a span; or what was `made` for it."""
+        if name not in made:
+            kind, k = _numbered(name)
+            if kind == "slice":
+                return span.of(self.slices[k])
+            if kind == "grad":
+                return span.of(self.grads[self.counts[0] + k])
+            if kind == "history":
+                return self._shown(k, span)
+            if kind == "left":
+                return span.of(self._left())
+            held = self.invariants[k]
+            return held.expand(span.stop - span.start, *held.shape)
+        return made[name]
+
+    def _left(self) -> Tensor:
+        """How many steps come after each, as numbers of the dtype of the carries."""
+        like = self.carries[0]
+        bounds = (0, self.steps) if self.reverse else (self.steps - 1, -1, -1)
+        return torch.arange(*bounds, dtype=like.dtype, device=like.device)
+
+    def _factor(
+        self, name: str, unread: int, span: _Span, made: dict[str, Tensor]
+    ) -> Tensor:
+        """What a product multiplies, but in the last steps, as many as are `unread`."""
+        known = self._known(name, span, made)
+        if self.reverse:
+            return known[max(unread - span.start, 0) :] if unread else known
+        return known[: max(self.steps - unread - span.start, 0)] if unread else known
+
+    def _span_walked(
         self, span: _Span, carried: list[Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The walk's carries before a span, and what is known for all of its steps."""
-        back, held = self.back, self.counts[0]
-        steps = span.stop - span.start
-        known, _ = self._histories(span)
-        own = {f"history_{k}" for k in self.hidden}
-        known |= {f"slice_{k}": t[span.start : span.stop] for k, t in enumerate(self.slices)}
-        known |= {f"grad_{k - held}": t[span.start : span.stop]
-                  for k, t in self.grads.items() if k >= held}
-        known |= {f"invariant_{k}": t.expand(steps, *t.shape)
-                  for k, t in enumerate(self.invariants)}
+        """The walk's carries before a span, and what is made for all of its steps."""
+        back = self.course.back
+        made = self._computed_again(span)[0] if self.course.hidden else {}
         if back.before:
-            per_step = [known[name] for name in back.before_slices]
+            per_step = [self._known(name, span, made) for name in back.before_slices]
             moves = [*[True] * len(per_step), *[False] * len(self.invariants)]
-            made = over_steps(step_function(back.before), moves, (*per_step, *self.invariants))
-            known |= {f"before_{k}": t for k, t in enumerate(made)}
-            own |= {f"before_{k}" for k in range(len(made))}
-        spent = frozenset(k for k, name in enumerate(back.slices) if name in own - back.factors)
-        axes = [_axis_of_steps(self.slices[int(name.removeprefix("to_slice_"))])
-                if name.startswith("to_slice_") else 0 for name in back.outputs]
-        found = self.scan(back.step, carried, [known[name] for name in back.slices],
-                          [self.invariants[k] for k in back.invariants], axes,
-                          not self.reverse, spent)
-        known |= {name: t.movedim(axis, 0) for name, axis, t in
-                  zip(back.outputs, axes, found[len(carried) :], strict=True)}
-        known |= {name: known[whole].narrow(axis + 1, start, size)
-                  for name, (whole, axis, start, size) in back.pieces.items()}
-        return found[: len(carried)], known
+            products = over_steps(step_function(back.before), moves, (*per_step, *self.invariants))
+            made |= {f"before_{k}": t for k, t in enumerate(products)}
+        spent = frozenset([k for k, name in enumerate(back.slices)
+                           if name in made and name not in back.factors])  # of this walk alone
+        slices = [self._known(name, span, made) for name in back.slices]
+        axes = [_axis_of_steps(self.slices[_numbered(name)[1]]) if name.startswith("to_slice_")
+                else 0 for name in back.outputs]
+        found = self.scan(back.step, carried, slices, [self.invariants[k] for k in back.invariants],
+                          axes, not self.reverse, spent)
+        made |= {name: _steps_first(t, axis) for name, axis, t in
+                 zip(back.outputs, axes, found[len(carried) :], strict=True)}
+        made |= {name: made[whole].narrow(axis + 1, start, size)
+                 for name, (whole, axis, start, size) in back.pieces.items()}
+        return found[: len(carried)], made
+
+
+@lru_cache(maxsize=512)
+def _numbered(name: str) -> tuple[str, int]:
+    """A name of `Backward` as what it is and its number."""
+    kind, _, number = name.rpartition("_")
+    return kind, int(number)
+
+
+def _steps_first(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.movedim(axis, 0) if axis else tensor
 
 
 def _axis_of_steps(tensor: Tensor) -> int:
@@ -264,9 +323,9 @@ def _with_history(step: str, counts: Counts, there: tuple[int, ...]) -> str:
             f"    return [{nexts}, {', '.join(rest)}]\n")
 
 
-def _product(term: Term, known: dict[str, Tensor]) -> Tensor:
-    """A summand of an invariant's gradient, of factors that are known for all steps."""
-    factors = [known[f.name].permute(f.order) for f in term.factors]
+def _product(term: Term, known: Tensors) -> Tensor:
+    """A summand of an invariant's gradient, of its factors for all steps."""
+    factors = [t.permute(f.order) for f, t in zip(term.factors, known, strict=True)]
     if len(factors) == 1:
         return _chained(term, factors[0].sum(0))
     left, right = factors[0].movedim(0, -2), factors[1].movedim(0, -3)
@@ -276,8 +335,4 @@ def _product(term: Term, known: dict[str, Tensor]) -> Tensor:
 
 
 def _chained(term: Term, total: Tensor) -> Tensor:
-    for node in term.chain:
-        function: Any = node.target
-        total = function(total, *node.args[1:], **node.kwargs)
-    return total
-
+    return step_function(term.chain)(total)[0]

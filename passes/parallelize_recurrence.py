@@ -36,6 +36,7 @@ from ..optimizer.fused import build_kernel, pays
 from ..optimizer.fusible import Fusible, all_at_once, call, fusible
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.waste import wastes
 
 COUNTED = (torch.int64, torch.float32, torch.float64)  # dtypes that hold many steps of a number
 
@@ -48,6 +49,8 @@ class ParallelizeRecurrence:
 
     def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
         for scan in filter(is_scan, facts.operations):
+            if facts.training and wastes(scan):  # which only a kernel's backward leaves out
+                continue
             term = summed(scan)
             if term is None:
                 yield from self._affine(scan)

@@ -312,6 +312,41 @@ def test_a_backward_in_chunks(reverse: bool) -> None:
                  [random(steps, 2, 4, grad=True)], [], 2, reverse)
 
 
+UNREAD = {
+    "pointwise": "def step(h, k, x, w, u):\n    apart = k - h\n"
+                 "    return [h + w[0] * apart * x, k + (apart * x).sum(0), apart + u.sum()]\n",
+    "products": "def step(h, k, x, w, u):\n"
+                "    return [torch.tanh(h @ w + x @ u), k * 0.5 + h, h + k]\n",
+    "products of both": "def step(h, k, x, w, u):\n"
+                        "    return [torch.tanh(h @ w + x), k + (x @ w) * 0.1, h @ w]\n",
+    "two steps before": "def step(h, k, x, w, u):\n"
+                        "    return [torch.sin(h + k), torch.sqrt(k * x @ w), h * u.sum()]\n",
+}
+
+
+@pytest.mark.parametrize("number", [0.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", UNREAD)
+def test_updates_that_nobody_reads_have_no_gradient(
+    name: str, reverse: bool, number: float
+) -> None:
+    for steps, chunk in ((1, 64), (2, 64), (7, 64), (7, 2)):
+        given = [random(2, 4), random(2, 4), random(steps, 2, 4), random(4, 4), random(4, 4)]
+        for place in range(min(steps, 2)):  # one state takes two steps to be seen
+            last = place if reverse else steps - 1 - place
+            given[2][last, 0, place] = number
+        for tensor in given:
+            tensor.requires_grad_()
+        found = []
+        with mock.patch.object(walk, "CHUNK", 1), mock.patch.object(walk, "LEAST", chunk):
+            for run in (plain(UNREAD[name], given[:2], given[2:3], given[3:], reverse),
+                        fused_scan(UNREAD[name], given[:2], given[2:3], given[3:], [0], reverse)):
+                grads = torch.autograd.grad(run[2].sum(), given, allow_unused=True)
+                found.append([torch.zeros_like(t) if g is None else g
+                              for t, g in zip(given, grads, strict=True)])
+        assert_close(found[1], found[0], rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
 def test_memory_that_is_used_again_is_none_that_anyone_sees() -> None:
     """The backward writes over what it computed itself, and over nothing else."""
     h, c, x = random(2, 3, grad=True), random(2, 3, grad=True), random(6, 2, 12, grad=True)

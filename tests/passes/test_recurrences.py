@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest import mock
+
 import looplift
 import pytest
 import torch
+from looplift.optimizer import fused
 from looplift.passes import ORDER
 from looplift.tests.peers import AsScan
 from looplift.tests.recurrences import (
@@ -57,9 +61,54 @@ def test_what_no_step_reads_is_computed_but_has_no_gradient() -> None:
         gradients += torch.autograd.grad(run(given).sum(), given)
     assert gradients[0].isnan().sum() < 34
     assert torch.equal(gradients[1].isnan(), gradients[0].isnan())
-    inference = looplift.apply_passes(model, (x,), measure=False, mode="inference")
-    assert "scan of 34 steps" in str(inference.report)
-    assert "torch.cat" not in inference.code
+    passes = [p for p in ORDER if p.name != "batch-timesteps"]  # as the measurement chooses
+    for mode in ("inference", "training"):  # a kernel's backward leaves the update out
+        fast = looplift.apply_passes(model, (x,), measure=False, mode=mode, passes=passes)
+        assert "scan of 34 steps" in str(fast.report)
+        assert "torch.cat" not in fast.code
+
+
+class LastUpdate(nn.Module):
+    """Shows its state before the update, whose gradient is infinite where an input is zero."""
+
+    def __init__(self, update: str) -> None:
+        super().__init__()
+        self.update = compile(update, "update", "eval")
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, k, outputs = torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            outputs.append(h + k)
+            h, k = eval(self.update, {"torch": torch}, {"h": h, "k": k, "x": x[:, t], "m": self})
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize(("update", "compiler", "kept"), [
+    ("(torch.tanh(h + torch.sqrt(x)), k * 0.5)", True, True),  # in the kernel
+    ("(torch.tanh(h + m.inside(torch.sqrt(x))), k * 0.5)", True, False),  # batched, before it
+    ("(torch.tanh(h + x), torch.sqrt(x))", True, False),  # a state that is the last step's input
+    ("(torch.tanh(h + k), torch.tanh(k + torch.sqrt(x)))", True, False),  # not seen for two steps
+    ("(h + torch.sqrt(x), k)", True, True),
+    ("(h + torch.sqrt(x), k)", False, False),  # one cumulative sum
+    ("(torch.tanh(h + torch.sqrt(x)), k)", False, False),  # a loop
+])
+def test_last_updates_have_no_gradient_wherever_they_run(
+    update: str, compiler: bool, kept: bool
+) -> None:
+    model, x = LastUpdate(update), torch.rand(2, 34, WIDTH)
+    with nullcontext() if compiler else mock.patch.object(fused, "compiled", return_value=None):
+        fast = looplift.apply_passes(model, (x,), measure=False, mode="training")
+    x[0, -1, 0] = x[1, -2, 1] = 0.0
+    found = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        grads = torch.autograd.grad(run(given).sin().sum(), [given, *model.parameters()],
+                                    allow_unused=True)
+        found.append([g for g in grads if g is not None])
+    assert_close(found[1], found[0], rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert fast.report.to_dict()["rewrites"]
+    assert ("torch.cat" not in fast.code) is kept
 
 
 def test_what_the_steps_compute_is_never_in_memory() -> None:
