@@ -214,11 +214,15 @@ class RerollLoops:
 
     def _collections(self, facts: Facts) -> Iterator[Rewrite]:
         """The results of a scan, stacked or concatenated one by one → the scan's own stack."""
+        longer: set[Node] = set()  # scans: others that join one find it longer next time
         for node in facts.operations:
             found = collection(node) if is_op(node, aten.stack.default, aten.cat.default) else None
-            if found is not None:
-                rest = absorption(node, found, facts)
-                yield self._absorbed(rest) if rest is not None else self._collected(node, found)
+            rest = found and absorption(node, found, facts)
+            if found and rest is None:
+                yield self._collected(node, found)
+            elif rest and rest.scan not in longer:
+                longer.add(rest.scan)
+                yield self._absorbed(rest)
 
     def _absorbed(self, rest: Absorption) -> Rewrite:
         """The last, incomplete trip → one more step of the scan."""

@@ -143,6 +143,25 @@ def test_an_incomplete_last_trip_is_absorbed(length: int, run: Any, equal: Any) 
     equal(model, inputs)
 
 
+def test_a_last_trip_is_absorbed_that_two_stacks_show(run: Any, equal: Any) -> None:
+    class Both(Alternating):
+        def forward(self, x: Tensor) -> Any:
+            sines, squares = [], []
+            for at in range(0, x.shape[1], 3):
+                window = x[:, at : at + 3]
+                window = functional.pad(window, (0, 3 - window.shape[1]))
+                found = torch.tanh(self.embed[0](window))
+                sines.append(found.sin())
+                squares.append(found * found)
+            return torch.stack(sines, 1), torch.stack(squares, 1)
+
+    model, inputs = Both(), (torch.randn(2, 23),)
+    outcome = run(model, inputs)
+    assert not [s.reason for s in outcome.skips if "could not be built" in s.reason]
+    assert scans(outcome.graph_module) == 0
+    equal(model, inputs)
+
+
 def test_a_rest_that_is_something_else_is_not_absorbed(equal: Any) -> None:
     class Otherwise(Alternating):
         def forward(self, x: Tensor) -> Tensor:
