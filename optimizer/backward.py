@@ -28,6 +28,7 @@ from .unread import Unread
 LINEAR = RESHAPES | PERMUTES | {
     aten.sum.dim_IntList, aten.expand.default, aten.neg.default, aten.clone.default,
     aten.detach.default, aten.alias.default}
+TINY = 64  # numbers of a matrix: a product with it costs less in the walk than a call before it
 SCALED = {aten.mul.Tensor, aten.div.Tensor}
 
 
@@ -135,7 +136,8 @@ class _Division:
                 self.walks.add(node)
         self.early = [n for n in nodes if n.target in PRODUCTS and n in self.varies
                       and n not in self.walks
-                      and any(a not in self.varies for a in n.all_input_nodes)]
+                      and any(a not in self.varies and math.prod(shape(a)) > TINY
+                              for a in n.all_input_nodes)]
 
     def made(self, unread: dict[int, int]) -> Backward:
         held, read, _ = self.counts

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .facts import aten
 from .pointwise import Unsupported
+from .systems import SYSTEMS
 
 MOST_PIECES = 64  # of an axis that is put together element by element
 
@@ -370,7 +371,7 @@ EARLY: dict[Any, Callable[..., Any]] = {
     aten.argmax.default: _extreme_place("amax"), aten.argmin.default: _extreme_place("amin"),
     aten.max.default: torch.amax, aten.min.default: torch.amin,
     aten.one_hot.default: _one_hot, aten.diagonal.default: _diagonal,
-    aten.pad.default: _pad_with_itself,
+    aten.pad.default: _pad_with_itself, **SYSTEMS,
 }
 
 

@@ -25,7 +25,7 @@ from .kernel_loops import contiguous
 from .loop import plain_loop
 from .packing import Lie, Plan, kernel_for, plan, step_sizes
 from .pointwise import Unsupported
-from .step import Counts, Sizes, step_function
+from .step import Counts, Sizes, checks, step_function
 from .walk import backward, keep, result_sizes
 
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
@@ -113,7 +113,11 @@ def _operate(
     step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
     axes: Sequence[int], reverse: bool,
 ) -> list[Tensor]:
-    made = _run(step, carries, slices, invariants, axes, reverse)
+    told = checks(step)
+    if told is not None:
+        made = _run(step, carries, slices, invariants, axes, reverse)
+    if told is None or any(made[k].isnan().any() for k in told):  # the loop raises what it does
+        made = plain(step, carries, slices, invariants, axes, reverse)
     return [t.contiguous() for t in made]
 
 

@@ -21,7 +21,8 @@ from .packing import step_sizes
 from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
 from .sink import Sunk, sunk
-from .step import placed
+from .step import CHECKED, placed
+from .systems import RAISING
 from .unroll import unrolled
 
 Tensors = Sequence[Tensor]
@@ -35,12 +36,14 @@ SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 @dataclass(frozen=True)
 class Fusible:
     """What a scan's steps read, their source, and numbers that are their last invariants; None
-    for the distance from one to the next number of their `dtype`."""
+    for the distance from one to the next number of their `dtype`. The last outputs, as many as
+    `checks`, tell a call of the kernel where an operation would have raised."""
 
     given: Sunk
     step: str
     dtype: torch.dtype
     numbers: tuple[float | None, ...]
+    checks: int
 
 
 def fusible(scan: Node, runs: Runs) -> Fusible | Unsupported:
@@ -75,7 +78,7 @@ def call(build: Builder, found: Fusible) -> list[Node]:
     invariants += [_number(build, number, carries[0]) for number in found.numbers]
     stacked = {int(cast(int, r.args[1])): stacked_as(r)[1] for r in given.scan.users}
     axes = [stacked.get(k, 0) for k, r in enumerate(results) if k >= len(starts)
-            for _ in range(1 + is_complex(r))]
+            for _ in range(1 + is_complex(r))] + [0] * found.checks
     made = iter(build.several(torch.ops.looplift.fused_scan.default, found.step, carries, slices,
                               invariants, axes, False))
     return [_result(build, result, made, stacked.get(k, 0) * (k >= len(starts)))
@@ -142,13 +145,30 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
         told = ", ".join(sorted(str(dtype).removeprefix("torch.") for _, dtype in kinds))
         raise Unsupported(f"its values are not all of one floating dtype on one device ({told})")
     body, numbers = with_arguments(in_numbers(pairs))
+    checks = check(body)
     step, needs = sourced(body, "step")
     if needs:
         raise Unsupported("it reads a constant tensor")
     step = placed(step, placeholders(body)[0].name, dtype)
     scalars = [carries[0].new_empty(()) for _ in numbers]
     runs(step, carries, slices, [*invariants, *scalars])
-    return Fusible(given, step, dtype, numbers)
+    return Fusible(given, step, dtype, numbers, checks)
+
+
+def check(body: GraphModule) -> int:
+    """Adds an output for each operation that may raise, NaN where it would; how many."""
+    end = output_node(body)
+    raising = [n for n in body.graph.nodes if n.target in RAISING]
+    found = []
+    for k, node in enumerate(raising):
+        axes = [-1] if value(node).dim() < value(node.all_input_nodes[0]).dim() else [-2, -1]
+        with body.graph.inserting_before(end):
+            made = body.graph.create_node("call_function", aten.sum.dim_IntList, (node, axes),
+                                          name=f"{CHECKED}_{k}")
+        made.meta["val"] = value(node).sum(axes)
+        found.append(made)
+    end.args = ((*cast(tuple[Node, ...], end.args[0]), *found),)
+    return len(found)
 
 
 def _is_number(head: Node, dtype: torch.dtype) -> bool:

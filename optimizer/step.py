@@ -20,11 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .composed import RULES, Early
 from .facts import aten
 from .pointwise import tracing_a_step
+from .systems import RAISING
 from .turns import TRACING
 
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
     "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchBatched",
     "FuncTorchVmapMode")]
+CHECKED = "checked"  # outputs called so are NaN where an operation of the step raises
 R = TypeVar("R")
 Step = Callable[..., list[Tensor]]
 Sizes = tuple[int, ...]
@@ -72,6 +74,19 @@ def remembered(function: Callable[..., R]) -> _lru_cache_wrapper[R]:
         return cast(R, aside(partial(function, *args, **kwargs)))
 
     return found
+
+
+@lru_cache(maxsize=256)
+def checks(source: str) -> tuple[int, ...] | None:
+    """Which results tell where an operation of the step raises; None if it does and none tells.
+
+    >>> checks("def step(h, x):\\n    return [h * x, h]")
+    ()
+    """
+    names = source[source.rindex("[") + 1 : source.rindex("]")].split(", ")
+    found = tuple(k for k, name in enumerate(names) if name.startswith(CHECKED))
+    raises = any(target._opname in source for target in RAISING)
+    return found if found or not raises else None
 
 
 @lru_cache(maxsize=256)
@@ -184,7 +199,7 @@ def differentiable(
 
     def results(flags: Sequence[bool]) -> list[bool]:
         given = [x.requires_grad_(flag) for x, flag in zip(halves(sizes), flags, strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), Early():
             return [made.requires_grad for made in step(*given)]
 
     states, rest, outputs = list(wanted[:carries]), wanted[carries:], []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import Backward, Term, backward_of
+from .backward import TINY, Backward, Term, backward_of
 from .packing import step_sizes
 from .step import (
     Counts,
@@ -331,7 +331,10 @@ def _product(term: Term, known: Tensors) -> Tensor:
     left, right = factors[0].movedim(0, -2), factors[1].movedim(0, -3)
     rows, columns, summed = left.shape[:-2], right.shape[-1], math.prod(left.shape[-2:])
     right = right.reshape(*right.shape[:-3], summed, columns)
-    return _chained(term, left.reshape(*rows, summed) @ right)  # summed over the steps
+    left = left.reshape(*rows, summed)  # then summed over the steps
+    if math.prod(rows) * columns > TINY:
+        return _chained(term, left @ right)
+    return _chained(term, (left.double() @ right.double()).to(left.dtype))  # terms may cancel out
 
 
 def _chained(term: Term, total: Tensor) -> Tensor:
