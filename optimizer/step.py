@@ -85,7 +85,7 @@ def checks(source: str) -> tuple[int, ...] | None:
     """
     names = source[source.rindex("[") + 1 : source.rindex("]")].split(", ")
     found = tuple(k for k, name in enumerate(names) if name.startswith(CHECKED))
-    raises = any(target._opname in source for target in RAISING)
+    raises = any(str(target) in source for target in RAISING)
     return found if found or not raises else None
 
 

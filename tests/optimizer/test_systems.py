@@ -14,7 +14,7 @@ from looplift.optimizer.composed import Early
 from looplift.optimizer.fused import build_kernel, fused_scan
 from looplift.optimizer.loop import plain_loop
 from looplift.optimizer.pointwise import Unsupported
-from looplift.optimizer.step import step_function
+from looplift.optimizer.step import checks, step_function
 from looplift.optimizer.systems import MOST_ROWS
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -111,6 +111,13 @@ def test_a_step_that_does_not_tell_where_it_raises_runs_in_a_loop() -> None:
     step = "def step(h, x):\n    h_1 = torch.ops.aten.linalg_inv.default(h + x)\n    return [h_1]\n"
     with mock.patch.object(fused, "_run", side_effect=AssertionError("a kernel ran")):
         fused_scan(step, [torch.eye(2)], [torch.randn(3, 2, 2)], [], [])
+
+
+def test_what_raises_nowhere_tells_nothing() -> None:
+    step = "def step(h, x):\n    h_1 = torch.ops.aten.cholesky_solve.default(x, h)\n    return [h_1]\n"
+    assert checks(step) == ()
+    assert checks(step_of("cholesky_solve")) == (2,)
+    assert checks(step.replace("cholesky_solve", "cholesky")) is None
 
 
 class Filter(nn.Module):

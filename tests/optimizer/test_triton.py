@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import triton_on_torch
 from . import test_fused as cases
+from . import test_systems
 from .test_fused import random
 
 STEPS = [
@@ -36,6 +37,8 @@ STEPS = [
     (cases.NORMED, ((3, 6), (3, 6), (6,), (6,), (6, 6)), (1, 1, 3)),
     (cases.SWAPPED, ((4, 4), (4, 4), (4, 4)), (2, 1, 0)),
     (cases.GROUPED, ((3, 6), (3, 6), (6, 6)), (1, 1, 1)),
+    (test_systems.step_of("solve"), ((5, 3, 3), (5, 3, 3), (3, 3)), (1, 1, 1)),
+    (test_systems.step_of("cholesky"), ((5, 3, 3), (5, 3, 3), (3, 3)), (1, 1, 1)),
 ]
 
 
@@ -64,6 +67,9 @@ def launches() -> Iterator[mock.Mock]:
     *(partial(cases.test_nan_and_infinities_go_where_they_go_in_the_loop, number)
       for number in (float("nan"), float("inf"), -float("inf"))),
     *(partial(cases.test_operations_on_axes, expression) for expression in cases.SHAPED),
+    *(partial(cases.test_updates_that_nobody_reads_have_no_gradient, name, reverse, torch.nan)
+      for name in cases.UNREAD for reverse in (False, True)),
+    *(partial(test_systems.test_in_a_kernel, name, True) for name in test_systems.STEPS),
 ], ids=lambda case: f"{getattr(case, 'func', case).__name__}{getattr(case, 'args', '')}")
 def test_what_the_loop_computes(case: Callable[[], None], launches: mock.Mock) -> None:
     case()
