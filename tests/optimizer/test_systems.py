@@ -114,7 +114,7 @@ def test_a_step_that_does_not_tell_where_it_raises_runs_in_a_loop() -> None:
 
 
 def test_what_raises_nowhere_tells_nothing() -> None:
-    step = "def step(h, x):\n    h_1 = torch.ops.aten.cholesky_solve.default(x, h)\n    return [h_1]\n"
+    step = "def step(h, x):\n    y = torch.ops.aten.cholesky_solve.default(x, h)\n    return [y]\n"
     assert checks(step) == ()
     assert checks(step_of("cholesky_solve")) == (2,)
     assert checks(step.replace("cholesky_solve", "cholesky")) is None
