@@ -22,7 +22,7 @@ from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
 from .sink import Sunk, sunk
 from .step import CHECKED, placed
-from .systems import RAISING
+from .systems import TELLING
 from .unroll import unrolled
 
 Tensors = Sequence[Tensor]
@@ -156,16 +156,21 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
 
 
 def check(body: GraphModule) -> int:
-    """Adds an output for each operation that may raise, NaN where it would; how many."""
+    """Adds an output for each operation that may raise, NaN where it might; how many."""
     end = output_node(body)
-    raising = [n for n in body.graph.nodes if n.target in RAISING]
-    found = []
-    for k, node in enumerate(raising):
-        axes = [-1] if value(node).dim() < value(node.all_input_nodes[0]).dim() else [-2, -1]
-        with body.graph.inserting_before(end):
-            made = body.graph.create_node("call_function", aten.sum.dim_IntList, (node, axes),
-                                          name=f"{CHECKED}_{k}")
-        made.meta["val"] = value(node).sum(axes)
+    graph, found = body.graph, list[Node]()
+    for node in [n for n in graph.nodes if n.target in TELLING]:
+        with graph.inserting_before(end):
+            result = node
+            if not is_tensor(node):  # a sign and a logarithm
+                result = graph.call_function(operator.getitem, (node, 1))
+                result.meta["val"] = node.meta["val"][1]
+            fewer = value(node.all_input_nodes[0]).dim() - value(result).dim()  # axes
+            target, last = (aten.add.Tensor, 0) if fewer == 2 else (
+                aten.sum.dim_IntList, [-1] if fewer == 1 else [-2, -1])
+            made = graph.create_node("call_function", target, (result, last),
+                                     name=f"{CHECKED}_{len(found)}")
+        made.meta["val"] = target(value(result), last)
         found.append(made)
     end.args = ((*cast(tuple[Node, ...], end.args[0]), *found),)
     return len(found)

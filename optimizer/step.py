@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .composed import RULES, Early
 from .facts import aten
 from .pointwise import tracing_a_step
-from .systems import RAISING
+from .systems import TELLING, telling
 from .turns import TRACING
 
 VMAP = [getattr(torch._C.DispatchKey, name) for name in (
@@ -78,14 +78,14 @@ def remembered(function: Callable[..., R]) -> _lru_cache_wrapper[R]:
 
 @lru_cache(maxsize=256)
 def checks(source: str) -> tuple[int, ...] | None:
-    """Which results tell where an operation of the step raises; None if it does and none tells.
+    """Which results tell where an operation of the step may raise; None if none tells.
 
     >>> checks("def step(h, x):\\n    return [h * x, h]")
     ()
     """
     names = source[source.rindex("[") + 1 : source.rindex("]")].split(", ")
     found = tuple(k for k, name in enumerate(names) if name.startswith(CHECKED))
-    raises = any(str(target) in source for target in RAISING)
+    raises = any(str(target) in source for target in TELLING)
     return found if found or not raises else None
 
 
@@ -100,7 +100,11 @@ def step_function(source: str) -> Step:
 @remembered
 def traced(source: str, sizes: tuple[Sizes, ...]) -> GraphModule:
     """The step in core operations, on arguments of these sizes."""
-    made = functional_graph(step_function(source), sizes)
+    token = telling.set(bool(checks(source)))
+    try:
+        made = functional_graph(step_function(source), sizes)
+    finally:
+        telling.reset(token)
     _tabulate(made)
     return made
 

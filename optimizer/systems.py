@@ -2,13 +2,14 @@
 
 Gaussian elimination with partial pivoting, and Cholesky's, as LAPACK's `getrf` and `potrf` (Golub
 and Van Loan, "Matrix Computations", sections 3.4 and 4.2). Gradients are of the results, not of
-each operation. Where PyTorch raises, for a matrix that is singular or not positive definite, NaN
-comes out.
+each operation. Where PyTorch may raise, for a matrix that is about singular or not positive
+definite, NaN comes out of a step that tells so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,15 @@ from torch.autograd import Function
 
 from .facts import aten
 
-MOST_ROWS = 8
+MOST_ROWS = 4  # what is written out takes a minute to compile with eight
+SMALL = 1e-6  # a pivot relative to its matrix: LAPACK, which rounds otherwise, may find zero
 
-# NaN where PyTorch raises
-RAISING = {aten.linalg_inv.default, aten.inverse.default, aten.linalg_solve.default,
-           aten.linalg_cholesky.default, aten.cholesky.default}
+telling: ContextVar[bool] = ContextVar("telling", default=False)
+
+# while it is `telling`, NaN where PyTorch raises, or may give another sign
+TELLING = {aten.linalg_inv.default, aten.inverse.default, aten.linalg_solve.default,
+           aten.linalg_cholesky.default, aten.cholesky.default, aten.logdet.default,
+           aten.linalg_slogdet.default, aten.slogdet.default}
 
 
 def _small(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +48,14 @@ def _applied(function: type[Function], plain: Callable[..., Any], *args: Tensor)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in args)
     apply: Any = function.apply
     return apply(*args) if wanted else plain(*args)
+
+
+def _told(pivot: Tensor, a: Tensor) -> Tensor:
+    """A pivot [..., 1] of matrices `a`; NaN, where that is told, if it is about zero."""
+    if not telling.get():
+        return pivot
+    size = a.abs().amax((-2, -1)).unsqueeze(-1)
+    return torch.where(pivot.abs() > SMALL * size, pivot, torch.nan)
 
 
 def _eliminated(a: Tensor, b: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -77,7 +90,7 @@ def _solved(a: Tensor, b: Tensor) -> Tensor:
         x = rest.narrow(-1, rest.shape[-1] - columns, columns)
         for k, known in enumerate(reversed(found)):
             x = x - rest.narrow(-1, k, 1) * known
-        found.append(x / torch.where(pivot == 0, torch.nan, pivot))
+        found.append(x / _told(pivot, a))
     return torch.stack(found[::-1], -2)
 
 
@@ -132,7 +145,7 @@ def _sign_and_logarithm(a: Tensor) -> tuple[Tensor, Tensor]:
     pivots, _, sign = _eliminated(a, None)
     logarithm = torch.zeros_like(sign)
     for pivot in pivots:
-        sign, logarithm = sign * torch.sign(pivot), logarithm + torch.log(pivot.abs())
+        sign, logarithm = sign * torch.sign(pivot), logarithm + torch.log(_told(pivot, a).abs())
     return sign.squeeze(-1), logarithm.squeeze(-1)
 
 
@@ -156,15 +169,6 @@ def _logarithm(a: Tensor) -> Tensor:
     return torch.where(sign < 0, torch.nan, logarithm)
 
 
-def _determinant(a: Tensor) -> Any:
-    if torch.is_grad_enabled() and a.requires_grad:
-        return NotImplemented  # it has a gradient where there is no inverse
-    pivots, _, made = _eliminated(a, None)
-    for pivot in pivots:
-        made = made * pivot
-    return made.squeeze(-1)
-
-
 class _Symmetric(Function):
     """A matrix of which half is read, as PyTorch differentiates it."""
 
@@ -186,7 +190,8 @@ def _cholesky(a: Tensor, upper: bool = False) -> Tensor:
             part = known.narrow(-1, j - k, size - j)
             column = column - part * part.narrow(-1, 0, 1)
         square = column.narrow(-1, 0, 1)
-        columns.append(column / torch.sqrt(torch.where(square > 0, square, torch.nan)))
+        square = torch.where(square > 0, _told(square, lower), torch.nan)
+        columns.append(column / torch.sqrt(square))
     made = torch.stack([torch.nn.functional.pad(c, (size - c.shape[-1], 0)) for c in columns], -1)
     return made.mT if upper else made
 
@@ -236,7 +241,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.linalg_solve.default: _solve,
     aten.linalg_slogdet.default: LOGARITHM, aten.slogdet.default: LOGARITHM,
     aten.logdet.default: _logarithm,
-    aten.linalg_det.default: _determinant, aten.det.default: _determinant,
     aten.linalg_cholesky.default: _cholesky, aten.cholesky.default: _cholesky,
     aten.linalg_solve_triangular.default: _triangular,
     aten.cholesky_solve.default: _cholesky_solve,

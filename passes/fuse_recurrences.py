@@ -9,7 +9,7 @@ Wins:
     in Python runs every operation of every step, and so does its backward.
 Sound if:
     every operation is pointwise, a view, a sum, a largest or smallest value, a matrix product,
-    or composed of these (as systems of up to eight equations are), on one floating dtype; where
+    or composed of these (as systems of up to four equations are), on one floating dtype; where
     a system has no solution the loop runs, which raises. The kernel computes these operations,
     with the functions that eager operations use; its backward is the differentiated step, walked
     from the last to the first, with products of all steps at once where they are off its cycle.

@@ -19,11 +19,12 @@ Skips:
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tag, Tensor
 from torch._ops import OpOverload
@@ -32,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from ..optimizer.absorb import Absorption, absorption
 from ..optimizer.assemble import build_scan
-from ..optimizer.builder import Builder
+from ..optimizer.builder import Builder, duplicate, output_node, placeholders
 from ..optimizer.collect import Collection, collection
 from ..optimizer.facts import (
     READS,
@@ -41,12 +42,14 @@ from ..optimizer.facts import (
     Facts,
     Line,
     aten,
+    body_of,
     bytes_of,
     is_op,
     is_random,
     is_scan,
     is_tensor,
     is_view,
+    shape,
     source_line,
     spelled,
     trips,
@@ -114,7 +117,7 @@ class RerollLoops:
                 yield self._rewrite(loop, first_line(inside, loop.stretch.period))
         if taken:
             return  # what else there is may read what these loops replace
-        collected = list(self._collections(facts))
+        collected = [*self._states(facts)] or [*self._collections(facts)]
         yield from collected
         if not collected:
             writes = list(self._writes(facts))
@@ -212,6 +215,33 @@ class RerollLoops:
                        supersedes=tuple(n for n in operations
                                         if is_random(n) or n.meta.get(WASTED)))
 
+    def _states(self, facts: Facts) -> Iterator[Rewrite]:
+        """A state's first value, then those after all steps but the last → the state before each
+        step: its last update is what nobody reads."""
+        for node in facts.operations:
+            found = before_each_step(node) if is_op(node, aten.stack.default) else None
+            if found is None:
+                continue
+            result, carry = found
+            scan, axis = cast(Node, result.args[0]), cast(int, (*node.args, 0)[1])
+            others = tuple(r for r in scan.users if r is not result)
+
+            def build(
+                b: Builder, scan: Node = scan, place: int = cast(int, result.args[1]),
+                carry: int = carry, others: tuple[Node, ...] = others,
+                axis: int = axis % len(shape(node)),
+            ) -> list[Node]:
+                body = duplicate(body_of(scan))
+                results = list(cast(tuple[Node, ...], output_node(body).args[0]))
+                results[place] = placeholders(body)[carry]
+                output_node(body).args = (tuple(results),)
+                made = b.scan(body, *cast(Any, scan.args[1:]))
+                return [*(made[cast(int, r.args[1])] for r in others), b.move(made[place], 0, axis)]
+
+            yield Rewrite(self.name, f"{trips(scan)} results → one permute", source_line(scan),
+                          scan, (*others, node), build, supersedes=(scan,))
+            return  # another may read the same scan
+
     def _collections(self, facts: Facts) -> Iterator[Rewrite]:
         """The results of a scan, stacked or concatenated one by one → the scan's own stack."""
         longer: set[Node] = set()  # scans: others that join one find it longer next time
@@ -234,6 +264,25 @@ class RerollLoops:
         return Rewrite(
             self.name, summary, source_line(node), node, (node,), lambda b: [found.build(b)]
         )
+
+
+def before_each_step(stack: Node) -> tuple[Node, int] | None:
+    """The result of a scan, and the number of the carry, whose values before each step, and no
+    others of the result, are stacked: the first that it is given, then those after each step."""
+    first, *rest = cast(list[Node], stack.args[0])
+    result = rest[0].args[0] if rest and is_op(rest[0], aten.select.int) else None
+    if not isinstance(result, Node) or not is_op(result, operator.getitem) \
+            or not is_scan(result.args[0]) or set(result.users) != set(rest):
+        return None
+    scan, place = cast(Node, result.args[0]), cast(int, result.args[1])
+    carries = cast(list[Node], scan.args[1])
+    steps = [(r.args[1], r.args[2]) if is_op(r, aten.select.int) and list(r.users) == [stack]
+             else None for r in rest]
+    if place < len(carries) or steps != [(0, t) for t in range(trips(scan) - 1)]:
+        return None
+    results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
+    return next(((result, k) for k, carry in enumerate(carries)
+                 if carry is first and results[k] is results[place]), None)
 
 
 def tokens(operations: Sequence[Node]) -> list[int]:

@@ -68,6 +68,38 @@ def test_what_no_step_reads_is_computed_but_has_no_gradient() -> None:
         assert "torch.cat" not in fast.code
 
 
+class Shown(nn.Module):
+    """Shows two states as they are before each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h, k, hs, ks = torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0]), [], []
+        for t in range(x.shape[1]):
+            hs.append(h)
+            ks.append(k)
+            h, k = torch.tanh(self.inside(h) + torch.sqrt(x[:, t])), 0.9 * k + h
+        return torch.stack(hs, 1), torch.stack(ks)
+
+
+@pytest.mark.parametrize("number", [0.0, torch.nan])
+def test_bare_states_before_each_step_are_what_the_scan_shows(number: float) -> None:
+    model, x = Shown(), torch.rand(2, 34, WIDTH)
+    fast = looplift.apply_passes(model, (x,), measure=False)
+    assert "fused_scan" in fast.code
+    inference = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert "torch.cat" not in inference.code
+    x[0, -1, 0] = number
+    found = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        hs, ks = run(given)
+        found.append((hs, ks, torch.autograd.grad(hs.sin().sum() + ks.sin().sum(), given)))
+    assert_close(found[1], found[0], rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 class LastUpdate(nn.Module):
     """Shows its state before the update, whose gradient is infinite where an input is zero."""
 
