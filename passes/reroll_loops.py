@@ -222,21 +222,22 @@ class RerollLoops:
             found = before_each_step(node) if is_op(node, aten.stack.default) else None
             if found is None:
                 continue
-            result, carry = found
+            result, carry, turned = found
             scan, axis = cast(Node, result.args[0]), cast(int, (*node.args, 0)[1])
             others = tuple(r for r in scan.users if r is not result)
 
             def build(
                 b: Builder, scan: Node = scan, place: int = cast(int, result.args[1]),
                 carry: int = carry, others: tuple[Node, ...] = others,
-                axis: int = axis % len(shape(node)),
+                axis: int = axis % len(shape(node)), turned: bool = turned,
             ) -> list[Node]:
                 body = duplicate(body_of(scan))
                 results = list(cast(tuple[Node, ...], output_node(body).args[0]))
                 results[place] = placeholders(body)[carry]
                 output_node(body).args = (tuple(results),)
                 made = b.scan(body, *cast(Any, scan.args[1:]))
-                return [*(made[cast(int, r.args[1])] for r in others), b.move(made[place], 0, axis)]
+                states = b.call(aten.flip.default, made[place], [0]) if turned else made[place]
+                return [*(made[cast(int, r.args[1])] for r in others), b.move(states, 0, axis)]
 
             yield Rewrite(self.name, f"{trips(scan)} results → one permute", source_line(scan),
                           scan, (*others, node), build, supersedes=(scan,))
@@ -266,23 +267,27 @@ class RerollLoops:
         )
 
 
-def before_each_step(stack: Node) -> tuple[Node, int] | None:
+def before_each_step(stack: Node) -> tuple[Node, int, bool] | None:
     """The result of a scan, and the number of the carry, whose values before each step, and no
-    others of the result, are stacked: the first that it is given, then those after each step."""
-    first, *rest = cast(list[Node], stack.args[0])
-    result = rest[0].args[0] if rest and is_op(rest[0], aten.select.int) else None
-    if not isinstance(result, Node) or not is_op(result, operator.getitem) \
-            or not is_scan(result.args[0]) or set(result.users) != set(rest):
-        return None
-    scan, place = cast(Node, result.args[0]), cast(int, result.args[1])
-    carries = cast(list[Node], scan.args[1])
-    steps = [(r.args[1], r.args[2]) if is_op(r, aten.select.int) and list(r.users) == [stack]
-             else None for r in rest]
-    if place < len(carries) or steps != [(0, t) for t in range(trips(scan) - 1)]:
-        return None
-    results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
-    return next(((result, k) for k, carry in enumerate(carries)
-                 if carry is first and results[k] is results[place]), None)
+    others of the result, are stacked: the first that it is given, then those after each step;
+    or, if it is turned, the other way round."""
+    entries = cast(list[Node], stack.args[0])
+    for turned in (False, True):
+        first, *rest = entries[::-1] if turned else entries
+        result = rest[0].args[0] if rest and is_op(rest[0], aten.select.int) else None
+        if not isinstance(result, Node) or not is_op(result, operator.getitem) \
+                or not is_scan(result.args[0]) or set(result.users) != set(rest):
+            continue
+        scan, place = cast(Node, result.args[0]), cast(int, result.args[1])
+        carries = cast(list[Node], scan.args[1])
+        steps = [(r.args[1], r.args[2]) if list(r.users) == [stack] else None for r in rest]
+        if place < len(carries) or steps != [(0, t) for t in range(trips(scan) - 1)]:
+            continue
+        results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
+        for k, carry in enumerate(carries):
+            if carry is first and results[k] is results[place]:
+                return result, k, turned
+    return None
 
 
 def tokens(operations: Sequence[Node]) -> list[int]:
