@@ -10,8 +10,8 @@ from typing import Any, cast
 from torch.fx import Node
 
 from .batching import Batcher
-from .builder import Builder
-from .facts import aten, is_op, is_view, shape
+from .builder import Builder, output_node
+from .facts import aten, body_of, is_op, is_scan, is_view, shape, trips
 from .lane import Lane
 
 
@@ -104,6 +104,29 @@ def collection(node: Node) -> Collection | None:
     if not any(piece.count > 1 for piece in pieces):
         return None
     return Collection(tuple(pieces), axis, is_op(node, aten.cat.default), len(entries))
+
+
+def before_each_step(stack: Node) -> tuple[Node, int, bool] | None:
+    """The result of a scan, and the number of the carry, whose values before each step, and no
+    others of the result, are stacked: the first that it is given, then those after each step;
+    or, if it is turned, the other way round."""
+    entries = cast(list[Node], stack.args[0])
+    for turned in (False, True):
+        first, *rest = entries[::-1] if turned else entries
+        result = rest[0].args[0] if rest and is_op(rest[0], aten.select.int) else None
+        if not isinstance(result, Node) or not is_op(result, operator.getitem) \
+                or not is_scan(result.args[0]) or set(result.users) != set(rest):
+            continue
+        scan, place = cast(Node, result.args[0]), cast(int, result.args[1])
+        carries = cast(list[Node], scan.args[1])
+        steps = [(r.args[1], r.args[2]) if list(r.users) == [stack] else None for r in rest]
+        if place < len(carries) or steps != [(0, t) for t in range(trips(scan) - 1)]:
+            continue
+        results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
+        for k, carry in enumerate(carries):
+            if carry is first and results[k] is results[place]:
+                return result, k, turned
+    return None
 
 
 def _lane(entry: Node) -> LaneOf | None:

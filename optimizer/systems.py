@@ -82,7 +82,7 @@ def _eliminated(a: Tensor, b: Tensor | None) -> tuple[list[Tensor], list[Tensor]
 
 
 def _solved(a: Tensor, b: Tensor) -> Tensor:
-    """x in a·x = b, [..., n, n] and [..., n, r]; NaN where a is singular."""
+    """x in a·x = b, [..., n, n] and [..., n, r]; NaN, if told, where `a` is about singular."""
     pivots, rests, _ = _eliminated(a, b)
     found: list[Tensor] = []  # the last row first
     columns = b.shape[-1]

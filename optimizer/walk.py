@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -122,12 +122,13 @@ def _course(
 @dataclass(frozen=True)
 class _Span:
     """Steps `start` to `stop`, of so many as there are; the carries with which the scan entered
-    them."""
+    them, and those of each step that the scan returned, once they are looked up."""
 
     start: int
     stop: int
     steps: int
     carries: dict[int, Tensor]
+    found: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part of a tensor that holds all steps."""
@@ -221,6 +222,11 @@ class _Walk:
 
     def _shown(self, k: int, span: _Span) -> Tensor:
         """A carry as each step of a span found it, of what the steps returned of it."""
+        if k not in span.found:
+            span.found[k] = self._found(k, span)
+        return span.found[k]
+
+    def _found(self, k: int, span: _Span) -> Tensor:
         output: Tensor = self.outputs[k]
         after = self.course.shown[k][1]
         start, stop = span.start, span.stop
@@ -245,15 +251,16 @@ class _Walk:
             if kind == "history":
                 return self._shown(k, span)
             if kind == "left":
-                return span.of(self._left())
+                return self._left(span)
             held = self.invariants[k]
             return held.expand(span.stop - span.start, *held.shape)
         return made[name]
 
-    def _left(self) -> Tensor:
+    def _left(self, span: _Span) -> Tensor:
         """How many steps come after each, as numbers of the dtype of the carries."""
-        like = self.carries[0]
-        bounds = (0, self.steps) if self.reverse else (self.steps - 1, -1, -1)
+        like, last = self.carries[0], self.steps - 1
+        bounds = (span.start, span.stop) if self.reverse else (
+            last - span.start, last - span.stop, -1)
         return torch.arange(*bounds, dtype=like.dtype, device=like.device)
 
     def _factor(

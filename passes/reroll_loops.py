@@ -19,7 +19,6 @@ Skips:
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch.utils import _pytree as pytree
 from ..optimizer.absorb import Absorption, absorption
 from ..optimizer.assemble import build_scan
 from ..optimizer.builder import Builder, duplicate, output_node, placeholders
-from ..optimizer.collect import Collection, collection
+from ..optimizer.collect import Collection, before_each_step, collection
 from ..optimizer.facts import (
     READS,
     WASTED,
@@ -265,29 +264,6 @@ class RerollLoops:
         return Rewrite(
             self.name, summary, source_line(node), node, (node,), lambda b: [found.build(b)]
         )
-
-
-def before_each_step(stack: Node) -> tuple[Node, int, bool] | None:
-    """The result of a scan, and the number of the carry, whose values before each step, and no
-    others of the result, are stacked: the first that it is given, then those after each step;
-    or, if it is turned, the other way round."""
-    entries = cast(list[Node], stack.args[0])
-    for turned in (False, True):
-        first, *rest = entries[::-1] if turned else entries
-        result = rest[0].args[0] if rest and is_op(rest[0], aten.select.int) else None
-        if not isinstance(result, Node) or not is_op(result, operator.getitem) \
-                or not is_scan(result.args[0]) or set(result.users) != set(rest):
-            continue
-        scan, place = cast(Node, result.args[0]), cast(int, result.args[1])
-        carries = cast(list[Node], scan.args[1])
-        steps = [(r.args[1], r.args[2]) if list(r.users) == [stack] else None for r in rest]
-        if place < len(carries) or steps != [(0, t) for t in range(trips(scan) - 1)]:
-            continue
-        results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
-        for k, carry in enumerate(carries):
-            if carry is first and results[k] is results[place]:
-                return result, k, turned
-    return None
 
 
 def tokens(operations: Sequence[Node]) -> list[int]:
