@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -11,10 +11,11 @@ from torch.utils import _pytree as pytree
 
 from .builder import Builder, fake_result
 from .facts import WRITES, aten, is_op, is_tensor, shape, value
-from .fold import WITH_TENSOR, Loop, Write, filled, position
+from .fold import Loop, Write, position
 from .interleave import write_windows
 from .normal_rules import FILLED_LIKE, filled_with
 from .reads import lanes
+from .schedules import filled, with_tensors
 from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
 # operations that draw by the size of their argument, and those that are given that size
@@ -137,10 +138,13 @@ class _Assembly:
         args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
         if (made := self._by_size(node, args, kwargs)) is not None:
             return made
-        target: Any = node.target
-        if isinstance(dict(enumerate(self.loop.sources[place])).get(1), Varying):
-            target = WITH_TENSOR.get(target, target)
-        made = self.graph.call_function(target, args, kwargs)
+        if any(isinstance(s, Varying) and not isinstance(s.items[0], Node)
+               for s in self.loop.sources[place]):
+            made = with_tensors(node, args, kwargs, partial(self._put, node))
+            dtype = value(node).dtype
+            return made if value(made).dtype == dtype else self._put(
+                node, aten.to.dtype, made, dtype)
+        made = self.graph.call_function(cast(Any, node.target), args, kwargs)
         made.meta = dict(node.meta.items())
         return made
 
@@ -205,7 +209,9 @@ class _Assembly:
 
     def _filled(self, node: Node, numbers: Varying) -> Node:
         """A tensor filled with a number of each step's own."""
-        kind = torch.float64 if value(node).dtype.is_floating_point else torch.int64
+        kind = value(node).dtype  # what names no dtype is rounded, also in float64
+        if not is_op(node, aten.full.default) or node.kwargs.get("dtype") is not None:
+            kind = torch.float64 if kind.is_floating_point else torch.int64
         one = self._numbers(node, numbers.items, kind)
         one = self._put(node, aten.to.dtype, one, value(node).dtype)
         return self._put(node, aten.expand.default, one, list(shape(node)))
@@ -240,12 +246,17 @@ class _Assembly:
                 return self.known[items]
             held = self.build.call(aten.stack.default, list(items))
             return self._head("slice", held, value(items[0]), items)
-        # Python floats are doubles, and as 0-d tensors promote none but tensors of integers
+        # Python floats are doubles, and as 0-d tensors promote integers and other 0-d tensors only
         floating = any(isinstance(i, float) for i in items)
-        integers = all(_is_integral(value(n)) for n in node.all_input_nodes if is_tensor(n))
-        dtype = (torch.get_default_dtype() if integers else torch.float64) if floating \
-            else torch.int64
-        return self._numbers(node, items, dtype)
+        number = self._numbers(node, items, torch.float64 if floating else torch.int64)
+        given = [value(n) for n in node.all_input_nodes if is_tensor(n)]
+        if floating and all(map(_is_integral, given)):
+            own = torch.get_default_dtype()
+        elif all(t.is_floating_point() and not t.dim() for t in given):
+            own = torch.promote_types(given[0].dtype, torch.float32)  # as halves are computed
+        else:
+            return number
+        return self._put(node, aten.to.dtype, number, own)
 
     def _numbers(self, node: Node, items: tuple[Any, ...], dtype: torch.dtype) -> Node:
         key = ("table", items, dtype)

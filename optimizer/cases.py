@@ -42,12 +42,15 @@ def cases(inputs: Leaves, seed: int, several: int = 2) -> Iterator[Case]:
 
 
 def odd_values(inputs: Leaves, seed: int) -> Iterator[Case]:
-    """Inputs with NaN, with infinities, all zero, and very large."""
+    """Inputs with NaN, with infinities, with NaN at their end alone (what a last step computes
+    for nobody must reach no gradient), all zero, and very large."""
     if not any(isinstance(i, Tensor) and i.is_floating_point() and i.numel() for i in inputs):
         return
-    for name, number in (("NaN", float("nan")), ("Inf", float("inf"))):
-        drawn = tuple(sprinkled(leaf, number, seed + i) for i, leaf in enumerate(inputs))
-        yield Case(f"{name} in the inputs", drawn, as_they_are, seed, odd=True)
+    nan, inf = float("nan"), float("inf")
+    for name, number, share in (("NaN in", nan, 1 / 16), ("Inf in", inf, 1 / 16),
+                                ("NaN at the end of", nan, 0)):
+        drawn = tuple(sprinkled(leaf, number, share, seed + i) for i, leaf in enumerate(inputs))
+        yield Case(f"{name} the inputs", drawn, as_they_are, seed, odd=True)
     for name, factor in (("zero inputs", 0.0), ("large inputs", 100.0)):
         scaled = tuple(
             laid_out_like(i, i.detach() * factor)
@@ -88,12 +91,12 @@ def random_like(leaf: Any, seed: int) -> Any:
     return laid_out_like(leaf, contents)
 
 
-def sprinkled(leaf: Any, number: float, seed: int) -> Any:
-    """A copy of a floating tensor with one value in sixteen (and one at least) replaced."""
+def sprinkled(leaf: Any, number: float, share: float, seed: int) -> Any:
+    """A copy of a floating tensor with a share of its values, and the last one, replaced."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() == 0:
         return leaf
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(leaf.shape, generator=generator) < 1 / 16
+    chosen = torch.rand(leaf.shape, generator=generator) < share
     chosen.view(-1)[-1] = True
     return laid_out_like(leaf, leaf.detach().masked_fill(chosen.to(leaf.device), number))
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .affine import progression
 from .facts import READS, WRITES, aten, is_inexact, is_op, is_region_marker, is_tensor, value
 from .reads import Link
+from .schedules import filled, scheduled
 from .stretch import Carried, Constant, Invariant, Local, Misfit, Source, Stretch, Varying
 
 
@@ -290,34 +291,8 @@ def _check_varying(column: list[Node], source: Varying, slot: int, late: bool) -
         return
     if any(not isinstance(item, (int, float)) for item in source.items):
         raise Misfit("an option of the operation varies from trip to trip", node)
-    if slot != filled(node) and (slot != 1 or node.target not in WITH_TENSOR):
+    if slot != filled(node) and slot not in scheduled(node):
         raise Misfit(f"a number given to {node.target} varies from trip to trip", node)
-
-
-# operations whose second argument may be a number, and the form that takes a tensor instead
-WITH_TENSOR = {
-    aten.add.Tensor: aten.add.Tensor, aten.sub.Tensor: aten.sub.Tensor,
-    aten.mul.Tensor: aten.mul.Tensor, aten.div.Tensor: aten.div.Tensor,
-    aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor,
-    aten.mul.Scalar: aten.mul.Tensor, aten.div.Scalar: aten.div.Tensor,
-    aten.rsub.Scalar: aten.rsub.Tensor, aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
-    aten.gt.Scalar: aten.gt.Tensor, aten.ge.Scalar: aten.ge.Tensor,
-    aten.lt.Scalar: aten.lt.Tensor, aten.le.Scalar: aten.le.Tensor,
-    aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor,
-    aten.remainder.Scalar: aten.remainder.Tensor,
-    aten.floor_divide.Scalar: aten.floor_divide.default,
-    aten.bitwise_right_shift.Tensor_Scalar: aten.bitwise_right_shift.Tensor,
-    aten.bitwise_left_shift.Tensor_Scalar: aten.bitwise_left_shift.Tensor,
-}
-
-
-FILLS = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
-
-
-def filled(node: Node) -> int | None:
-    """Which of the flat arguments is the number that fills a tensor."""
-    place = FILLS.get(cast(Any, node.target))
-    return None if place is None else len(pytree.tree_leaves(node.args[:place]))
 
 
 def _check_start(result: Node, source: Carried, node: Node) -> None:

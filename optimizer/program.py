@@ -15,7 +15,7 @@ from .builder import placeholders
 from .capture import Capture
 from .contract import results
 from .facts import aten, is_pure, is_region_marker
-from .fold import FILLS
+from .schedules import FILLS
 
 NUMBERS = {aten.zeros.default: 0, aten.ones.default: 1, aten.zeros_like.default: 0,
            aten.ones_like.default: 1, aten.new_zeros.default: 0, aten.new_ones.default: 1}

@@ -12,10 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .builder import output_node, placeholders
 from .facts import SCAN, apart, aten, body_of, is_op, is_scan, trips, value
-from .fold import WITH_TENSOR
 from .fused import plain
 from .loop import plain_loop
 from .pointwise import Unsupported
+from .schedules import WITH_TENSOR
 
 LONGEST = 32  # steps of a loop that is written out; short enough to be no length of an input
 LARGEST = 160  # operations of a step whose inner loops are written out
@@ -49,8 +49,8 @@ def unrolled(body: GraphModule) -> GraphModule:
 
 
 def _put_numbers(body: GraphModule) -> None:
-    """Give operations that take tensors and numbers alike a number for one of a constant tensor:
-    the schedule of a loop that was written out."""
+    """Give operations that take tensors and numbers alike a number for one of a constant tensor,
+    the schedule of a loop that was written out, and others a tensor filled with it."""
     for read in body.graph.find_nodes(op="call_function", target=aten.select.int):
         source, axis, index = cast(tuple[Node, int, int], read.args)
         if source.op != "get_attr" or value(read).dim():
@@ -59,9 +59,23 @@ def _put_numbers(body: GraphModule) -> None:
         for user in list(read.users):
             if user.target in WITH_NUMBER and user.args[1] is read \
                     and isinstance(first := user.args[0], Node) and first is not read \
-                    and value(first).dtype == value(user).dtype:
+                    and value(user).dtype in (value(first).dtype, torch.bool):
                 user.target = WITH_NUMBER[user.target]
                 user.args = (first, number, *user.args[2:])
+            elif is_op(user, aten._to_copy.default):
+                _fill(user, number)
+        if read.users:
+            _fill(read, number)
+
+
+def _fill(node: Node, number: float) -> None:
+    """Put a number, as a tensor, in place of `node`."""
+    options: dict[str, Any] = {"dtype": value(node).dtype, "device": value(node).device}
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(aten.full.default, ([], number), options)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
 
 
 def inner_trips(body: GraphModule) -> list[int]:

@@ -53,16 +53,12 @@ from ..optimizer.facts import (
     spelled,
     trips,
 )
-from ..optimizer.fold import WITH_TENSOR, Loop, filled, fold
+from ..optimizer.fold import Loop, fold
 from ..optimizer.interleave import last_write
 from ..optimizer.repeats import Repeat, repeats
 from ..optimizer.rewrite import Rewrite, Skip
+from ..optimizer.schedules import filled, scheduled
 from ..optimizer.stretch import NEVER, Misfit, Stretch, Varying
-
-PLACED = (
-    *READS, *WRITES, *WITH_TENSOR,
-)  # operations whose numbers may differ from trip to trip
-
 
 MOST_CUTS = 4
 LONGEST_RHYTHM = 64  # trips after which a loop's steps may be alike again
@@ -274,7 +270,7 @@ def tokens(operations: Sequence[Node]) -> list[int]:
 
 def token(node: Node) -> Any:
     """The operation, the structure and constants of its arguments, its results' shapes."""
-    placed = node.target in PLACED
+    placed = is_op(node, *READS, *WRITES) or bool(scheduled(node))
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
     number = filled(node)
     abstract = tuple(int if k == number else _leaf(leaf, placed) for k, leaf in enumerate(leaves))

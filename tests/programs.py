@@ -43,7 +43,10 @@ BINARY = (
     "padding=1)[:, 0]",
 )
 OWN = ("self.each[t]({0})", "torch.tanh(self.each[t]({0}))", "self.each[t]({0}).relu() + {0}")
-NUMBERS = ("{0} * (t + 1)", "{0} + 0.1 * t", "{0} * self.schedule[t]", "{0} * 0.9 ** t")
+NUMBERS = ("{0} * (t + 1)", "{0} + 0.1 * t", "{0} * self.schedule[t]", "{0} * 0.9 ** t",
+           "torch.where({0} > 0, {0}, 0.1 * t)", "{0}.clamp(-0.5 * t, 0.1 * t + 1)",
+           "torch.lerp({0}, {0}.tanh(), 1 / (t + 2))", "{0}.masked_fill({0} > 0.5, 0.1 * t)",
+           "torch.add({0}, {0}.sin(), alpha=0.1 * t)")
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,8 @@ WRONG = [
          STEPS, "output 0"),
     Pair("a gradient of NaN at zero", root_away_from_zero,
          lambda m, x: torch.where(x != 0, x.abs().sqrt(), 0), X, "the gradient of input 0"),
+    Pair("a gradient of a last step that nobody reads", lambda m, x: (x[:-1] * m.decay).sum(0),
+         lambda m, x: (x * m.decay)[:-1].sum(0), STEPS, "the gradient of decay", decay),
     # exceptions
     Pair("an exception swallowed", refuse(ValueError), lambda m, x: x * 2, X, "exceptions"),
     Pair("an exception added", lambda m, x: x * 2, refuse(ValueError), X, "exceptions"),
@@ -842,10 +844,10 @@ def test_most_cases_are_compared_on_short_inputs_where_there_are_some() -> None:
 
     found = compared(right, right)
     assert isinstance(found, Equal)
-    assert (found.grade, found.cases) == ("exact", 8)
+    assert (found.grade, found.cases) == ("exact", 9)
     seen = [call.args[0] for call in lengths.call_args_list]
     # the given inputs twice; two widths, but for NaN and Inf
-    assert (seen.count(64), seen.count(5)) == (2 * (2 * 2 + 2), 2 * (4 * 2 + 2))
+    assert (seen.count(64), seen.count(5)) == (2 * (2 * 2 + 2), 2 * (4 * 2 + 3))
     assert "NaN" in str(compared(right, without_nan))
     assert "given inputs" in str(compared(lambda _, x: x.tanh() * 2, right))
 
@@ -879,7 +881,7 @@ def test_where_the_model_would_differ_from_itself_a_case_says_nothing(
     found = verify(Program(lambda _, x: chaotic_where_large(x), {}),
                    Program(lambda _, x: other(x), {}), (x,), mode="inference")
     if isinstance(found, Equal):
-        assert found.cases == 7
+        assert found.cases == 8
         assert expected in found.unproven[-1]
         assert found.unproven[-1].startswith("large inputs: ")
         assert found.worst < 1e-12

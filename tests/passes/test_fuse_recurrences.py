@@ -614,6 +614,17 @@ def smoothed_backwards(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def narrowed(m: Any, x: Tensor) -> Tensor:
+    """A few steps whose bounds, weights and thresholds differ."""
+    h, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        for k in range(5):
+            near = torch.lerp(h, torch.tanh(m.a(h) + x[:, t]), 1 / (k + 2)).clamp(-1, 1 - 0.1 * k)
+            h = torch.where(near > 0.1 * k, near * m.decay, 0.01 * k)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 def truncated(m: Any, x: Tensor) -> Tensor:
     """Truncated back-propagation: too few rounds for a kernel, but for the steps in each."""
     h, outputs = torch.zeros_like(x[:, 0]), []
@@ -626,7 +637,8 @@ def truncated(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("without", [(), ("fuse-recurrences",), ("batch-timesteps",)])
-@pytest.mark.parametrize("forward", [solved, integrated, smoothed_backwards, truncated])
+@pytest.mark.parametrize("forward", [solved, integrated, smoothed_backwards, narrowed,
+                                     truncated])
 def test_short_loops_in_a_step_are_written_out(forward: Forward, without: tuple[str, ...]) -> None:
     model, x = Model(forward), torch.randn(3, STEPS, 4)
     passes = tuple(p for p in ORDER if p.name not in without)

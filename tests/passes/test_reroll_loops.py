@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import looplift
 import pytest
@@ -234,6 +234,62 @@ def test_keeps_the_contract(keeps_contract: Any) -> None:
 def test_is_idempotent(run: Any) -> None:
     outcome = run(Model(recurrence), (torch.randn(2, 6, 4),), [RerollLoops(), RerollLoops()])
     assert len(outcome.applied) == 2
+
+
+SCHEDULED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "where": lambda h, x, t: torch.where(x > 0, t, h * 0.5),
+    "where not": lambda h, x, t: torch.where(x > 0, h * 0.5 + x, t / 4),
+    "where of numbers": lambda h, x, t: h * 0.5 + torch.where(x > 0, t * 0.3, -1.1),
+    "masked_fill": lambda h, x, t: (h + x).masked_fill(x > 0, t * 0.1),
+    "clamp": lambda h, x, t: (h + x).clamp(-t * 0.1, t * 0.2),
+    "clamp below": lambda h, x, t: (h + x).clamp(min=-t * 0.1),
+    "clamp_max": lambda h, x, t: (h + x).clamp_max(t * 0.1),
+    "clamp_min": lambda h, x, t: (h + x).clamp_min(t * 0.1),
+    "leaky_relu": lambda h, x, t: nn.functional.leaky_relu(h * 0.5 + x, 0.1 * t + 0.03),
+    "lerp": lambda h, x, t: torch.lerp(h, x, 1 / (t + 1)),
+    "pow": lambda h, x, t: h * 0.5 + (x.abs() + 0.1) ** (t * 0.1),
+    "power of": lambda h, x, t: h * 0.5 + (t * 0.1 + 0.5) ** x,
+    "add": lambda h, x, t: torch.add(h * 0.5, x, alpha=0.1 * t + 0.05),
+    "sub": lambda h, x, t: torch.sub(h * 0.5, x, alpha=0.1 * t + 0.05),
+    "addcmul": lambda h, x, t: torch.addcmul(h * 0.5, x, h, value=0.1 * t + 0.05),
+    "addcdiv": lambda h, x, t: torch.addcdiv(h * 0.5, x, h.cosh(), value=0.1 * t + 0.05),
+    "fmod": lambda h, x, t: (h + x).fmod(t + 1.3),
+    "full": lambda h, x, t: h * 0.5 + torch.full(x.shape, 0.1 * t) * x,
+    "mul": lambda h, x, t: h * (0.1 * t) + x,
+    "integers": lambda h, x, t: h * 0.5 + x.long() * (0.1 * t),
+    "mask": lambda h, x, t: h * 0.5 + (x > 0) * (0.1 * t),
+    "compared": lambda h, x, t: torch.where(h + x > 0.1 * t, h * 0.5, x),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("whole", [False, True])
+def test_any_number_may_differ_from_step_to_step(name: str, whole: bool, run: Any) -> None:
+    """Also beside a state without axes, which a tensor without axes would promote."""
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x.mean() if whole else x[:, 0] * 0.5
+        for t in range(x.shape[1]):
+            h = SCHEDULED[name](h, x[:, t].sum() if whole else x[:, t], t)
+        return cast(Tensor, h * m.decay)
+
+    x = torch.randn(3, 7, 4)
+    outcome = run(Model(forward), (x,), [RerollLoops()])
+    assert any(a.summary.startswith("7 ×") for a in outcome.applied), outcome.skips
+    fast = looplift.apply_passes(Model(forward), (x,), measure=False)
+    reasons = [d["reason"] for d in fast.report.to_dict()["declined"]]
+    assert not [r for r in reasons if "differs" in r or "could not" in r], reasons
+
+
+def test_halves_are_not_mixed_with_a_weight_that_is_rounded(run: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            h = torch.lerp(h, x[:, t], 1 / (t + 1.5))
+        return h
+
+    outcome = run(Model(forward), (torch.randn(3, 7, 4, dtype=torch.bfloat16),), [RerollLoops()])
+    assert not [a for a in outcome.applied if "scan" in a.summary]
+    assert any("a number given to" in s.reason for s in outcome.skips), outcome.skips
 
 
 def dropout(m: Any, x: Tensor) -> Tensor:
