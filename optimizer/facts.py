@@ -111,7 +111,7 @@ def spelled(target: Any) -> str:
     """An operation's name as users know it: `batch_norm` of `_native_batch_norm_legit_no_stats`."""
     name = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
     return re.sub(r"^_?(native_|linalg_)|_(legit|ex$|forward$|functional|no_stats|no_training)",
-                  "", name).lstrip("_")
+                  "", name).lstrip("_").removesuffix("__")
 
 
 def is_random(node: Node) -> bool:

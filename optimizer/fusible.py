@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from .affine_step import at_once
 from .builder import Builder, duplicate, output_node, placeholders
 from .emit import sourced
-from .facts import aten, is_tensor, stacked_as, value
+from .facts import aten, is_tensor, stacked_as, trips, value
 from .fused import HALVES
+from .integers import INTEGERS, fit
 from .packing import step_sizes
 from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
@@ -28,8 +29,10 @@ from .unroll import unrolled
 Tensors = Sequence[Tensor]
 Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
 CPU = torch.device("cpu")
-NUMBERED = (torch.bool, torch.int64)  # dtypes whose values a kernel holds as floating numbers
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERED = (torch.bool, *INTEGERS)  # dtypes whose values a kernel holds as floating numbers
+PROMOTED = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
+LOOKUPS = (aten.gather.default, aten.index_select.default, aten.index.Tensor,
+           aten.embedding.default, aten.scatter.src, aten.scatter.value, aten.index_put.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -111,8 +114,8 @@ def _result(build: Builder, was: Node, made: Iterator[Node], axis: int) -> Node:
     parts = [build.move(next(made), axis, 0) for _ in range(1 + is_complex(was))]
     if len(parts) > 1:
         return build.call(aten.complex.default, *parts)
-    if value(was).dtype is torch.int64:
-        return build.call(aten.to.dtype, *parts, torch.int64)
+    if value(was).dtype in INTEGERS:
+        return build.call(aten.to.dtype, *parts, value(was).dtype)
     return build.call(aten.ne.Scalar, *parts, 0) if value(was).dtype is torch.bool else parts[0]
 
 
@@ -131,19 +134,24 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     heads, held = placeholders(pairs), len(carries)
     results = cast(tuple[Node, ...], output_node(pairs).args[0])
     tensors = [n for n in pairs.graph.nodes if is_tensor(n) and n.users]
-    dtype = next((t.dtype for t in (*carries, *slices, *invariants) if t.is_floating_point()),
-                 torch.float32)
-    carries = [c.to(dtype) if c.dtype is torch.bool else c for c in carries]
-    states, read = {*heads[:held], *results[:held]}, set(heads[held:])
+    dtype = _dtype(heads, tensors)
+    carries, slices, invariants = ([t.to(dtype) if t.dtype in NUMBERED else t for t in ts]
+                                   for ts in (carries, slices, invariants))
+    read = {h for h in heads[held:] if _is_number(h, dtype) or _promoted(h)}
     kinds = {(value(n).device, value(n).dtype) for n in tensors
-             if not _is_number(n, dtype) and not (n in read and _promoted(n)) and (
-                 value(n).dtype not in NUMBERED
-                 or (value(n).dtype is torch.int64 and (n in heads or n in states)))}
-    if any(value(n).dtype is torch.int64 for n in results) and dtype in HALVES:
-        raise Unsupported("its results are integers, and its values of half precision")
+             if n not in read and value(n).dtype not in NUMBERED}
     if len({*kinds, (carries[0].device, dtype)}) > 1:
         told = ", ".join(sorted(str(dtype).removeprefix("torch.") for _, dtype in kinds))
         raise Unsupported(f"its values are not all of one floating dtype on one device ({told})")
+    if any(value(n).dtype in INTEGERS for n in (*tensors, *results) if n not in read):
+        if dtype in HALVES:
+            raise Unsupported("some of its values are integers, and others of half precision")
+        outer = dict(zip(heads, _outer(given), strict=True))
+        states = {head: after for head, after in zip(heads[:held], results, strict=False)
+                  if value(head).dtype in INTEGERS}
+        body_of_integers = [n for n in tensors if n not in read]
+        if not fit(body_of_integers, outer, states, trips(given.scan), dtype):
+            raise Unsupported("its integers may be too large for floating numbers")
     body, numbers = with_arguments(in_numbers(pairs))
     checks = check(body)
     step, needs = sourced(body, "step")
@@ -153,6 +161,23 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     scalars = [carries[0].new_empty(()) for _ in numbers]
     runs(step, carries, slices, [*invariants, *scalars])
     return Fusible(given, step, dtype, numbers, checks)
+
+
+def _dtype(heads: list[Node], tensors: list[Node]) -> torch.dtype:
+    """What a step computes in: the dtype of its floating arguments, or else of other values;
+    float64 holds more integers."""
+    floating = [value(n).dtype for n in (*heads, *tensors) if value(n).is_floating_point()
+                and (value(n).dim() or value(n).dtype is not torch.float64)]
+    integers = any(value(n).dtype in INTEGERS for n in tensors)
+    return floating[0] if floating else torch.float64 if integers else torch.float32
+
+
+def _outer(given: Sunk) -> list[Node | None]:
+    """What each real argument of a step is outside of the loop."""
+    carries = cast(list[Node], given.scan.args[1])
+    slices: list[Node | None] = [n for n, _ in given.slices] or [None]
+    return [part for n in (*carries, *slices, *(n for n, _ in given.invariants))
+            for part in [n] * (1 + (n is not None and is_complex(n)))]
 
 
 def check(body: GraphModule) -> int:
@@ -187,14 +212,14 @@ def _is_number(head: Node, dtype: torch.dtype) -> bool:
 
 def _promoted(head: Node) -> bool:
     """Whether a step takes integers as the floating numbers that it combines them with."""
-    return value(head).dtype in INTEGERS and all(
+    return value(head).dtype in PROMOTED and all(
         user.target in SCALED and len(user.all_input_nodes) == 2
         and value(user).dtype.is_floating_point for user in head.users)
 
 
 def in_numbers(body: GraphModule) -> GraphModule:
-    """The body with numbers in place of the masks, as 0 and 1, among its arguments and outputs,
-    and of its integer outputs."""
+    """The body with numbers in place of masks, as 0 and 1, and of integers, among its arguments
+    and outputs."""
     made = duplicate(body)
     first, *_ = heads = placeholders(made)
     end = output_node(made)
@@ -204,6 +229,14 @@ def in_numbers(body: GraphModule) -> GraphModule:
                 mask = made.graph.call_function(aten.ne.Scalar, (head, 0))
             for user in [u for u in head.users if u is not mask]:
                 user.replace_input_with(head, mask)
+        elif value(head).dtype in INTEGERS:
+            for user in [u for u in head.users if u.target in LOOKUPS]:
+                with made.graph.inserting_before(user):
+                    user.replace_input_with(head, made.graph.call_function(
+                        aten._to_copy.default, (head,), {"dtype": value(head).dtype}))
+    for node in made.graph.find_nodes(op="call_function", target=aten.floor_divide.default):
+        # of floating numbers the same, and it has a gradient
+        node.target, node.kwargs = aten.div.Tensor_mode, {"rounding_mode": "floor"}
     results = list(cast(tuple[Node, ...], end.args[0]))
     were = cast(tuple[Node, ...], output_node(body).args[0])
     with made.graph.inserting_before(end):

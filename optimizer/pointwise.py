@@ -16,6 +16,10 @@ from .facts import aten, spelled
 
 SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default,
         aten.lift_fresh_copy.default}
+# operations on integers that are the same on floating numbers which hold them and their results
+WHOLE = (aten.where.self, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default,
+         aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
+         aten.maximum.default, aten.minimum.default, aten.fmod.Tensor)
 COMMON = {"mul": "{0} * {1}", "div": "{0} / {1}", "add": "{0} + {alpha} * {1}",
           "sub": "{0} - {alpha} * {1}", "rsub": "{1} - {alpha} * {0}"}
 COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
@@ -110,7 +114,7 @@ def is_mask(leaf: Any) -> bool:
 
 
 def is_integer(leaf: Any) -> bool:
-    return _is_of(leaf, torch.int64)
+    return _is_of(leaf, torch.int64) or _is_of(leaf, torch.int32)
 
 
 def constant(node: Node) -> Any:

@@ -16,6 +16,7 @@ from .axes import PERMUTES, PRODUCTS, REDUCTIONS, RESHAPES, SCATTERS, Axes
 from .facts import aten
 from .pointwise import (
     SAME,
+    WHOLE,
     Language,
     Unsupported,
     constant,
@@ -89,7 +90,7 @@ class Writer(ABC):
             return
         sources = [n for n in node.all_input_nodes if n not in self.constants]
         if isinstance(node.meta.get("val"), Tensor):
-            exact = target in SAME or target is aten.where.self or target in VIEWS \
+            exact = target in (*SAME, *WHOLE, *VIEWS) \
                 or (target is aten.sum.dim_IntList and is_mask(node.args[0]))
             if node.meta["val"].dtype not in (torch.float32, torch.bool) \
                     and not (exact and is_integer(node)):  # floating numbers hold them exactly
