@@ -22,6 +22,7 @@ from .axes import PERMUTES, PRODUCTS, RESHAPES, permutation
 from .emit import emit
 from .facts import aten, behind, shape
 from .joint import joint
+from .pointwise import Unsupported
 from .step import Counts, Sizes, placed, remembered
 from .unread import Unread
 
@@ -322,5 +323,7 @@ class _Division:
 
 def _source(graph_module: GraphModule) -> str:
     """A step's source; what it fills is of its arguments' dtype, whatever it was traced with."""
+    if graph_module.graph.find_nodes(op="get_attr"):
+        raise Unsupported("its backward reads a constant tensor")
     first = next(iter(graph_module.graph.nodes)).name
     return placed(emit(graph_module, "step"), first, torch.float32)

@@ -7,6 +7,8 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,13 @@ from .constants import ConstantAnswers
 from .contract import Seen, visible
 from .fakes import FakeTensors
 from .normal_form import UnsupportedRegion, normalize
-from .refused import CaptureError, refuse_constants, refuse_layouts, refuse_modules
+from .refused import (
+    CaptureError,
+    refuse_constants,
+    refuse_layouts,
+    refuse_modules,
+    user_frames,
+)
 from .state import (
     EFFECT,
     PLAIN,
@@ -43,8 +51,10 @@ from .state import (
     python_generators,
     swapped,
 )
-from .tracing import refuse_hook, tracing, user_frames
+from .tracing import refuse_hook, tracing
 from .untracked import Functional
+
+CHECKS = re.compile(rf"{re.escape(os.path.dirname(torch.distributions.__file__))}\b")
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ class _Trace:
         self.outputs = len(outputs)
         self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
         if answers.unseen is not None:
-            raise CaptureError(f"forward {answers.unseen}, which a graph would not hold")
+            raise answers.unseen
         return [x if isinstance(x, Tensor) else None for x in outputs]
 
     def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:
@@ -312,10 +322,15 @@ def _explained(error: Exception) -> CaptureError:
         ("UnsupportedFakeTensorException", "an operation has no rule for its output's shape"),
     )
     names = [kind.__name__ for kind in type(error).__mro__]
+    within = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if "DataDependentOutputException" in names and any(map(CHECKS.match, within)):
+        return CaptureError(
+            "torch.distributions checks the values that it is given, which has no place in a "
+            "graph; call `torch.distributions.Distribution.set_default_validate_args(False)`",
+            frames)
     for name, reason in known:
         if name in names:
             return CaptureError(reason, frames)
-    within = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if "FunctionalTensor" in str(error) or torch.autograd.__file__ in within:
         return CaptureError("forward differentiates or maps a function (`torch.func`, "
                             "`torch.autograd`), which a graph would not hold", frames)

@@ -7,6 +7,7 @@ counter have the same answer at every call with inputs of these sizes.
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Node
@@ -25,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .facts import LARGEST_CONSTANT, aten, is_pure
+from .refused import CaptureError, user_frames
 from .untracked import node_of
 
 UNANSWERABLE = (
@@ -37,6 +40,8 @@ UNSEEN = {  # by the tracer, which would go on as if nothing had been asked
     REQUIRES_GRAD.__set__: "changes what has a gradient (`requires_grad`)",
     DATA.__set__: "assigns to the `.data` of a tensor",
 }
+FILLING = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}  # where the number is
+CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -53,7 +58,7 @@ class ConstantAnswers(TorchFunctionMode):
         self.known: dict[Node, Any] = {}
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
         self.asks_for_gradients = False
-        self.unseen: str | None = None
+        self.unseen: CaptureError | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
@@ -61,12 +66,20 @@ class ConstantAnswers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
-        self.unseen = self.unseen or UNSEEN.get(func)
+        if self.unseen is None and func in UNSEEN and not (
+                func != DATA.__set__ and _is_made(args[0])):
+            self.unseen = CaptureError(f"forward {UNSEEN[func]}, which a graph would not hold",
+                                       user_frames(traceback.extract_stack()))
         if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
+        place = CHOOSING.get(func)
+        if place is not None and place < len(args) and args[place].dtype is torch.uint8:
+            args = (*args[:place], args[place].bool(), *args[place + 1 :])
         try:
             return func(*args, **kwargs)
-        except UNANSWERABLE as error:
+        except (*UNANSWERABLE, TypeError) as error:
+            if isinstance(error, TypeError) and func not in FILLING:
+                raise
             try:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
                 nodes = self._nodes(leaves)
@@ -75,7 +88,10 @@ class ConstantAnswers(TorchFunctionMode):
                     answer = apart.submit(self._answer, func, leaves, spec, nodes).result()
                 return pytree.tree_map_only(Tensor, aten.lift_fresh_copy.default, answer)
             except Unknown:
-                raise error from None
+                filled = _filled(func, args, kwargs)
+                if filled is None:
+                    raise error from None
+                return filled
 
     def _nodes(self, leaves: Sequence[Any]) -> dict[int, Node]:
         """The nodes that the traced tensors among `leaves` stand for, by their places."""
@@ -137,6 +153,30 @@ class ConstantAnswers(TorchFunctionMode):
         ]:
             raise Unknown
         return made
+
+
+def _filled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """A tensor filled with the value of one that has no axes, without asking for it."""
+    place = FILLING.get(func, len(args))
+    number = args[place] if place < len(args) else kwargs.get("fill_value")
+    if func not in FILLING or not isinstance(number, Tensor) or number.dim():
+        return None
+    kind = number.dtype  # the result's comes from a number of its kind
+    nothing: Any = 0.0 if kind.is_floating_point else 0j if kind.is_complex \
+        else False if kind is torch.bool else 0
+    if place < len(args):
+        made = func(*args[:place], nothing, *args[place + 1 :], **kwargs)
+    else:
+        made = func(*args, **{**kwargs, "fill_value": nothing})
+    return cast(Tensor, made).copy_(number.detach())
+
+
+def _is_made(tensor: Any) -> bool:
+    """Whether forward itself made a tensor, and so a leaf of its own, which no caller sees."""
+    if not isinstance(tensor, FunctionalTensor):
+        return isinstance(tensor, FakeTensor)  # of a constant, which itself is none
+    node = node_of(tensor)
+    return node is not None and node.op == "call_function"
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -263,7 +263,9 @@ def _check_arguments(loop: Loop, place: int) -> None:
                 continue
             _check_varying(loop.stretch.column(place), source, slot, place in loop.late)
         elif isinstance(source, Carried):
-            if source.place in loop.writes:
+            varies = not positioned and is_op(node, *READS) \
+                and any(isinstance(s, Varying) for s in loop.sources[place])
+            if source.place in loop.writes or (varies and _is_scatter(loop, source.place)):
                 raise Misfit("a buffer is read at a place that earlier steps write to", node)
             _check_start(loop.stretch.operations[source.place], source, node)
 

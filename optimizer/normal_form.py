@@ -33,7 +33,7 @@ from .facts import (
     value,
 )
 from .normal_rules import RULES
-from .written import Written, behind_other_writes, written
+from .written import Windows, Written, written
 
 FEW = 3  # equal operations: two may be one step that begins with equal states
 MOVES = (aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.expand.default)
@@ -121,17 +121,21 @@ def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:
 
 def simplify(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     """Apply the one-node rules of `RULES`, in program order; read behind writes elsewhere."""
+    def build(node: Node) -> Builder:
+        stamp = {k: v for k, v in node.meta.items() if k in ("stack_trace", "no_grad")}
+        return Builder(graph_module, node, mode, stamp)
+
     writes: dict[Node, Written] = {}
+    windows = Windows(build, writes)
     for node in list(outside_regions(graph_module.graph.nodes)):
         rule = RULES.get(node.target) if node.op == "call_function" else None
         if rule is None:
             continue
-        stamp = {k: v for k, v in node.meta.items() if k in ("stack_trace", "no_grad")}
-        found = rule(node, Builder(graph_module, node, mode, stamp))
+        found = rule(node, build(node))
         if found is None and is_op(node, *WRITES):
             writes[node] = written(node, writes)
         elif found is None and is_op(node, *READS):
-            found = behind_other_writes(node, writes)
+            found = windows.read(node)
         if found is not None and found is not node:
             if node.meta.get(WASTED):
                 found.meta[WASTED] = True

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .facts import PHYSICAL, Line, is_op, source_line
+from .facts import PHYSICAL, TORCH, Line, is_op, source_line
+
+OWN = str(Path(__file__).parent)
+CALLER = str(Path(__file__).with_name("capture.py"))  # which calls the model
+REENTRANT = "forward uses torch.utils.checkpoint with `use_reentrant=True`, which a graph would " \
+    "not hold, and whose gradients can't be compared; pass `use_reentrant=False`"
 
 
 class CaptureError(Exception):
@@ -32,6 +38,16 @@ class CaptureError(Exception):
             return self.reason
         at = f'{self.frame.filename}:{self.frame.lineno}'
         return f"{self.reason}\n  at {at} in {self.frame.name}\n    {self.frame.line}"
+
+
+def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
+    """The frames of the model's own source: without torch's and without ours."""
+    kept = [f for f in frames if not f.filename.startswith((TORCH, OWN, "<"))]
+    inside = [i for i, f in enumerate(frames) if f.filename == CALLER]
+    if inside:
+        after = set(map(id, frames[inside[-1]:]))
+        kept = [f for f in kept if id(f) in after]
+    return traceback.StackSummary.from_list(kept)
 
 
 def refuse_layouts(graph_module: GraphModule) -> None:

@@ -22,6 +22,7 @@ from .measure import (
     peak_memory,
 )
 from .pipeline import Applied, Group, Outcome, run_passes
+from .refused import REENTRANT
 from .rewrite import Pass, Skip
 from .rewritten import Rewritten
 from .state import fresh_state, model_state, state_kept, swapped
@@ -163,7 +164,8 @@ class _Selecting:
         start = time.perf_counter()
         size = self.captured.size
         if (raised := self._naive_exception()) is not None:
-            reason = f"the original itself raises in {self.mode}: {raised}"
+            reason = REENTRANT if "use_reentrant" in raised \
+                else f"the original itself raises in {self.mode}: {raised}"
             return self._nothing([Declined("all passes", "?", reason)], size, start)
         if self.mode == "training" and (lost := self.captured.lost) is not None:
             return self._nothing([Declined("all passes", lost.where, lost.reason)], size, start)

@@ -171,7 +171,21 @@ def functional_graph(
     if any(map(_writes, made.graph.nodes)):  # as what PyTorch composes of others does
         made = make_fx(torch.func.functionalize(made))(*halves(sizes))
         reshaped(made)
+    _fill(made)
     return made
+
+
+def _fill(graph_module: GraphModule) -> None:
+    """Numbers for constant tensors of one: `torch.as_tensor(0.5)` in a surrogate gradient."""
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        held = getattr(graph_module, str(node.target))
+        if isinstance(held, Tensor) and held.numel() == 1:
+            with graph_module.graph.inserting_before(node):
+                made = graph_module.graph.call_function(
+                    aten.full.default, (list(held.shape), held.item()), {"dtype": held.dtype})
+            made.meta["val"] = held
+            node.replace_all_uses_with(made)
+            graph_module.graph.erase_node(node)
 
 
 def halves(sizes: Sequence[Sizes]) -> list[Tensor]:

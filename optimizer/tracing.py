@@ -6,8 +6,7 @@ import contextlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -20,11 +19,9 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from .constants import as_lists
 from .facts import TORCH
 from .functions import Function, NoOperator, called
-from .refused import CaptureError
+from .refused import CALLER, OWN, REENTRANT, CaptureError, user_frames
 from .turns import TRACING
 
-OWN = str(Path(__file__).parent)
-CALLER = str(Path(__file__).with_name("capture.py"))  # which calls the model
 FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
 DATA_OF: Any = vars(torch._C._autograd)["_get_data_attr"]
 CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
@@ -89,18 +86,11 @@ def _by_operator(kind: Function, *args: Any, **kwargs: Any) -> Any:
     try:
         return called(kind, *args, **kwargs)
     except NoOperator as reason:
+        if kind.__module__ == torch.utils.checkpoint.__name__:
+            frames = user_frames(traceback.extract_stack())
+            raise CaptureError(REENTRANT, frames) from reason
         raise CaptureError(f"forward uses the custom autograd function {kind.__name__}, whose "
                            f"backward a graph would lose: {reason}") from reason
-
-
-def user_frames(frames: Sequence[traceback.FrameSummary]) -> traceback.StackSummary:
-    """The frames of the model's own source: without torch's and without ours."""
-    kept = [f for f in frames if not f.filename.startswith((TORCH, OWN, "<"))]
-    inside = [i for i, f in enumerate(frames) if f.filename == CALLER]
-    if inside:
-        after = set(map(id, frames[inside[-1]:]))
-        kept = [f for f in kept if id(f) in after]
-    return traceback.StackSummary.from_list(kept)
 
 
 class _UserStack:

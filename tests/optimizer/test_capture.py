@@ -352,6 +352,53 @@ def test_values_that_no_input_reaches_are_known(run: Run) -> None:
         assert_close(captured.graph_module(x), [program(x)], rtol=0, atol=0)
 
 
+def begins_with_a_leaf(m: Any, x: Tensor) -> Tensor:
+    """As neuron models of norse do; nobody sees that leaf's gradient."""
+    h, g = torch.zeros(x.shape[1]), x[0].detach().clone()
+    h.requires_grad = True
+    g.requires_grad_()
+    for row in x:
+        h = torch.tanh(h * m.weight[0] + row + g)
+    return h
+
+
+def filled_with_a_tensor(m: Any, x: Tensor) -> Tensor:
+    """The number itself is not asked for, and has no gradient."""
+    rate = m.weight.detach().mean()
+    first = torch.full((2,), rate) + torch.full((2,), fill_value=rate > 0)
+    return x * torch.full_like(x, rate * 2) + x.new_full((3,), x[0, 0].detach()) + first.sum()  # type: ignore[arg-type]
+
+
+def chosen_by_bytes(m: Any, x: Tensor) -> Tensor:
+    """As conditional random fields of pytorch-crf do."""
+    mask = (x > 0).to(torch.uint8)
+    return torch.where(mask, x, 0) + x.where(mask, x * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8.*:UserWarning")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("run", [begins_with_a_leaf, filled_with_a_tensor, chosen_by_bytes])
+def test_what_only_looks_as_if_a_graph_could_not_hold_it(
+    run: Run, training: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = Program(run, weight())
+    captured = capture(program, (ROWS,))
+    results = []
+    graph: Run = captured.graph_module
+    for k in range(2):
+        x = ROWS.clone().requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            made = graph(program.weight, x)[0] if k else program(x)
+        results.append((made, torch.autograd.grad(made.sum(), x) if training else ()))
+    assert_close(results[1], results[0])
+    assert results[1][0].requires_grad is training
+    assert not caplog.records
+
+
+def checked_by_a_distribution(m: Any, x: Tensor) -> Any:
+    return torch.distributions.Normal(x, 1.0).mean
+
+
 # What is refused: the report says where and why, and the original runs
 
 
@@ -419,7 +466,13 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
     "a parameter written to": (writes_a_parameter, "forward writes to the parameter 'weight'", ""),
     "another kind of output": (lambda m, x: {1, 2}, "forward returns a set, not a tensor", ""),
     "a gradient that is asked for": (
-        lambda m, x: x.clone().requires_grad_() * 2, "forward changes what has a gradient", ""),
+        lambda m, x: x.requires_grad_() * 2, "forward changes what has a gradient",
+        "x.requires_grad_() * 2"),
+    "a checkpoint that returns": (
+        lambda m, x: checkpoint(torch.sin, x, use_reentrant=True), "pass `use_reentrant=False`",
+        "checkpoint(torch.sin, x"),
+    "a distribution's checks": (
+        checked_by_a_distribution, "set_default_validate_args(False)", "Normal(x, 1.0)"),
     "data that is exchanged": (exchanges_data, "forward assigns to the `.data` of a tensor", ""),
     "a part in inference mode": (
         in_inference_mode, "forward enters `torch.inference_mode`", "with torch.inference_mode():"),

@@ -29,6 +29,29 @@ class Spike(torch.autograd.Function):
         return gradients[0] * ctx.width / (1 + (ctx.width * x) ** 2), None
 
 
+class Fast(torch.autograd.Function):
+    """One above zero, with the gradient of SuperSpike (Zenke and Ganguli, 2018); its numbers are
+    tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.gt(x, torch.as_tensor(0.0)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradients[0] / (torch.as_tensor(3.0) * x.abs() + torch.ones(1)).square()
+
+
+class Table(Fast):
+    """The same for all elements but the first."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
 class Unit(torch.autograd.Function):
     """The identity, whose gradient is one of length one: no element of it is alone."""
 
@@ -127,6 +150,12 @@ def test_spikes_with_a_gradient_of_their_own_are_one_kernel() -> None:
     fast = equal(lambda x: apply(Spike, x - 0.3, 2.0))
     assert "fused_scan" in fast.code
     assert "looplift_functions" in fast.code
+
+
+def test_a_backward_with_numbers_that_are_tensors_is_in_the_kernel_too() -> None:
+    assert "fused_scan" in equal(lambda x: apply(Fast, x - 0.3)).code
+    told = str(equal(lambda x: apply(Table, x - 0.3)).report)
+    assert "its backward reads a constant tensor" in " ".join(told.split())
 
 
 def test_a_backward_that_mixes_its_elements_is_in_the_kernel_too() -> None:

@@ -183,6 +183,46 @@ def from_numbers(m: Any, x: Tensor) -> Any:
     return loss, product
 
 
+def filtered(m: Any, x: Tensor) -> Tensor:
+    """Windows of its own outputs, whose first lie before the first of them."""
+    out = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2])
+    for t in range(x.shape[1]):
+        out[:, t + 2] = torch.tanh((out[:, t : t + 2].clone() * m.decay).sum(1) + x[:, t])
+    return out[:, 2:]
+
+
+def filtered_backwards(m: Any, x: Tensor) -> Tensor:
+    """Windows with what is not yet written, of a buffer that is not empty."""
+    out = nn.functional.pad(x, (0, 0, 0, 2))
+    for t in reversed(range(x.shape[1])):
+        out[:, t : t + 1] = torch.tanh((out[:, t : t + 3].clone() * m.decay).sum(1, keepdim=True))
+    return out
+
+
+def appended(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The last two of a sequence that grows, and its very last."""
+    out = x[:, :2]
+    for t in range(x.shape[1]):
+        new = torch.tanh((out[:, -2:] * m.decay).sum(1) + m.a(out[:, -1]) + x[:, t])
+        out = torch.cat([out, new.unsqueeze(1)], dim=-2)
+    return out, out[:, -1:]
+
+
+def prepended(m: Any, x: Tensor) -> Tensor:
+    out = x[:, -2:]
+    for t in range(x.shape[1]):
+        out = torch.cat([torch.tanh(m.a(out[:, :1]) + out[:, 1:2] * x[:, t : t + 1]), out], 1)
+    return out
+
+
+def sliding(m: Any, x: Tensor) -> Tensor:
+    window, outputs = torch.zeros(x.shape[0], 3, x.shape[2]), []
+    for t in range(x.shape[1]):
+        window = torch.cat([window, x[:, t : t + 1]], 1)[:, -3:]
+        outputs.append((window * m.decay).sum(1))
+    return torch.stack(outputs, 1)
+
+
 def builtin_sum(m: Any, x: Tensor) -> Any:
     """Python's own sum begins with 0."""
     return sum(torch.tanh(m.a(x[:, t])).sum(0) for t in range(x.shape[1]))
@@ -196,6 +236,8 @@ LOOPS: dict[str, tuple[Forward, int]] = {  # the loop, and its trips on 7 steps
     "tables": (tables, 7), "alternating": (alternating, 3), "grid": (rows_and_columns, 6),
     "nested": (rows_of_columns, 7), "ring": (ring, 5), "filled in": (filled_in, 7),
     "from numbers": (from_numbers, 7), "builtin sum": (builtin_sum, 7),
+    "filter": (filtered, 6), "filter backwards": (filtered_backwards, 5), "appended": (appended, 6),
+    "prepended": (prepended, 5), "sliding": (sliding, 6),
 }
 
 
