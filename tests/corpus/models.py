@@ -393,3 +393,71 @@ class TimeSequence(nn.Module):
 @entry("time_sequence_prediction", loops=2, inputs=lambda length: (noise(BATCH, length),))
 def time_sequence() -> Any:
     return TimeSequence()
+
+
+class RecursiveFilter(nn.Module):
+    """A digital filter as audio libraries write it where they have no C++ for it: each sample from
+    the outputs before it, read as a window of the waveform that it is written into."""
+
+    def __init__(self, order: int = 3) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, -0.4, 0.2, -0.1])[: order + 1])
+        self.b = nn.Parameter(torch.rand(order + 1))
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        order = len(self.a) - 1
+        padded = nn.functional.pad(waveform, (order, 0))
+        output = torch.zeros_like(padded)
+        windows = padded.unfold(1, order + 1, 1) @ self.b.flip(0) / self.a[0]
+        coefficients = (self.a / self.a[0]).flip(0)
+        for i, sample in enumerate(windows.t()):
+            window = output[:, i : i + order + 1].clone()
+            output[:, i + order] = sample - window @ coefficients
+        return output[:, order:]
+
+
+@entry("recursive filter", inputs=lambda length: (noise(BATCH, length),))
+def recursive_filter() -> Any:
+    return RecursiveFilter()
+
+
+class Forecast(nn.Module):
+    """A series continued by a network of its last eight values, a value at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+    def forward(self, series: Tensor, steps: Tensor) -> Tensor:
+        for _ in range(len(steps)):
+            series = torch.cat([series, self.network(series[:, -8:])], dim=1)
+        return series
+
+
+@entry("forecast of its own values",
+       inputs=lambda length: (noise(BATCH, 12), torch.arange(length)))
+def forecast() -> Any:
+    return Forecast()
+
+
+class Refractory(nn.Module):
+    """Neurons that rest for three steps after a spike, counted in an integer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.leak = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v, rest, outputs = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]).long(), []
+        for t in range(x.shape[1]):
+            v = torch.where(rest > 0, v * self.leak, v + self.input(x[:, t]))
+            spike = v > 1
+            rest = torch.where(spike, 3, (rest - 1).clamp(min=0))
+            outputs.append(torch.sigmoid(4 * (v - 1)))
+            v = v - spike.to(v)
+        return torch.stack(outputs, 1), rest
+
+
+@entry("neurons with a refractory counter")
+def refractory() -> Any:
+    return Refractory()
