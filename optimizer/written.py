@@ -151,11 +151,14 @@ class Windows:
 
 
 def _grows(node: Node, writes: Mapping[Node, Written]) -> bool:
-    """Whether one element was just written, or something appended to what was appended to."""
+    """Whether one element was just written, or element after element is appended."""
     if node in writes:
         _, begin, end = _place(node)
         return end == begin + 1
-    return is_op(node, aten.cat.default) and any(is_op(u, aten.cat.default) for u in node.users)
+    if not is_op(node, aten.cat.default) or not any(is_op(u, aten.cat.default) for u in node.users):
+        return False
+    parts, axis = cast(tuple[list[Node], int], node.args)
+    return sum(shape(part)[axis] > 1 for part in parts) <= 1
 
 
 def _place(node: Node) -> tuple[int, int, int]:

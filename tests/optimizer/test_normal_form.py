@@ -42,6 +42,25 @@ def grown(x: Tensor) -> Tensor:
     return made
 
 
+def windows(x: Tensor, step: int, across: bool = False) -> Tensor:
+    """Of what is written to a buffer, upwards or downwards, along the axis read or another."""
+    made, seen = x.new_ones(4, 4), []
+    for t in [0, 1, 2][::step]:
+        made[t + (step < 0)] = x[t] + t
+        seen.append(made[:, 1:3] if across else made[t : t + 2, 1:3])
+    return torch.stack([part.sum() for part in seen])
+
+
+def appended(x: Tensor, parts: list[Tensor], begin: int) -> Tensor:
+    """Windows of a sequence that grows by some parts."""
+    seen = []
+    for part in parts:
+        x = torch.cat([x, part], -1)
+        seen.append(x[:, begin:].sum())
+        seen.append(x[:, begin - 1].sum())
+    return torch.stack(seen)
+
+
 def total(x: Tensor) -> Any:
     made: Any = 0
     for t in range(x.shape[1]):
@@ -50,6 +69,14 @@ def total(x: Tensor) -> Any:
 
 
 CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "windows of what is written": (lambda x: windows(x, 1), X),
+    "windows of what is written downwards": (lambda x: windows(x, -1), X),
+    "windows across what is written": (lambda x: windows(x, 1, across=True), X),
+    "windows of integers that are written": (lambda x: windows(x, -1), NUMBERS),
+    "the end of what grows": (lambda x: appended(x, [x[:, :1], x[:, 2:3], x[:, 1:2]], -2), X),
+    "the end of what grows by other dtypes": (
+        lambda x: appended(x, [x[:, :1].float(), x[:, 2:3], x[:, 1:2].double()], -3), NUMBERS),
+    "the end of what grows by more at once": (lambda x: appended(x, [x, x + 1, x * 2], -6), X),
     "one of the places that a step wrote": (lambda x: every_other(x)[:, 3:4], X),
     "a place that a step wrote and one beside": (lambda x: every_other(x)[:, 1:3], X),
     "a place between": (lambda x: every_other(x)[:, 2:3], X),
@@ -74,6 +101,17 @@ def test_values_and_dtypes(name: str) -> None:
     model = Program(run)
     captured = capture(model, (x,))
     assert_close(Rewritten(model, captured, captured.graph_module)(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("width", "stacks"), [(1, 2), (2, 0)])
+def test_windows_are_taken_apart_where_elements_are_appended_one_by_one(
+    width: int, stacks: int
+) -> None:
+    """A network whose features grow by several at a time reads slices of them, as it did."""
+    parts = [X[:, :width] + k for k in range(3)]
+    graph = capture(Program(lambda x: appended(x, parts, -3)), (X,)).graph_module.graph
+    found = graph.find_nodes(op="call_function", target=torch.ops.aten.stack.default)
+    assert len(found) == stacks + 1  # the model's own
 
 
 def test_outputs_that_are_one_tensor_stay_one() -> None:
