@@ -57,10 +57,10 @@ def fit(
     `given`: what each argument is outside of the loop; `states`: what the next step sees of each
     integer that is carried. Raises `Unsupported` for an operation that kernels have no rule for.
     """
-    outside, body = _Known({}), list(body)
+    outside, body = _Known({}, dtype), list(body)
     start = [outside.of(given[head]) for head in states]
     known = _Known({head: STATE if head in states else outside.of(source)
-                    for head, source in given.items()}, inside=True)
+                    for head, source in given.items()}, dtype, inside=True)
     after = [known.of(node) for node in states.values()]
     found = [known.of(n) for n in body if is_tensor(n) and value(n).dtype in INTEGERS
              and (n.op != "placeholder" or n.users)]
@@ -79,8 +79,10 @@ def fit(
 class _Known:
     """The bounds of values, from those of some."""
 
-    def __init__(self, known: dict[Node, Bounds | None], inside: bool = False) -> None:
-        self.known, self.inside = known, inside
+    def __init__(
+        self, known: dict[Node, Bounds | None], dtype: torch.dtype, inside: bool = False
+    ) -> None:
+        self.known, self.dtype, self.inside = known, dtype, inside
 
     def of(self, leaf: Any, depth: int = 0) -> Bounds | None:
         """The bounds of a number or of a node's integers, None if they are not known."""
@@ -106,10 +108,7 @@ class _Known:
         name = node.target._schema.name.removeprefix("aten::")
         source: Any = node.args[0] if node.args else None
         if node.target in SAME or is_view(node) or name in ("to", "type_as", "lift_fresh"):
-            if not is_tensor(source) or not value(source).is_floating_point():
-                return self.of(source, depth + 1)
-            number = constant(source)
-            return ROUNDED if number is None or not math.isfinite(number) else self.of(int(number))
+            return self._converted(node, source, depth)
         if name in ("argmax", "argmin"):
             return Bounds((0, max(value(source).numel() - 1, 0)))
         rule = RULES.get(name)
@@ -118,6 +117,18 @@ class _Known:
         if rule is None or set(node.kwargs) - {"dtype", "device", "layout", "pin_memory"}:
             return None
         return rule(node, [self.of(a, depth + 1) for a in node.args])
+
+
+    def _converted(self, node: Node, source: Node, depth: int) -> Bounds | None:
+        """Those of a view or a copy, of floating numbers that it rounds too."""
+        number, kind = constant(source), value(source).dtype
+        if kind.is_floating_point and number is not None and math.isfinite(number):
+            return self.of(int(number))
+        if kind.is_floating_point:
+            return ROUNDED if torch.promote_types(kind, self.dtype) == self.dtype else None
+        bounds = self.of(source, depth + 1)
+        narrower = bounds and not bounds.is_finite and kind != value(node).dtype
+        return None if narrower else bounds
 
 
 def _held(node: Node) -> Bounds | None:

@@ -101,6 +101,23 @@ def test_which_fit(
     assert fits(step, start) is expected
 
 
+@pytest.mark.parametrize(("run", "expected"), [
+    (lambda x: x.long(), True), (lambda x: x.double().long(), False),
+    (lambda x: x.half().long(), True), (lambda x: x.long().int(), False),
+    (lambda x: x.long().clamp(-9, 9).int(), True), (lambda x: x.long() - 1, False),
+])
+def test_numbers_rounded_before_the_loop(
+    run: Callable[[Tensor], Tensor], expected: bool
+) -> None:
+    """float32 holds what is rounded of float32 and narrower numbers, however large."""
+    outer = make_fx(run, tracing_mode="fake")(torch.zeros(()))
+    (result,) = output_node(outer).all_input_nodes
+    body = body_of(lambda n, k, x: (n, torch.minimum(k, n)))
+    heads = placeholders(body)
+    given: dict[Node, Node | None] = {heads[0]: result, heads[1]: result, heads[2]: None}
+    assert fit(body.graph.nodes, given, {}, STEPS, torch.float32) is expected
+
+
 def test_a_program_for_all_lengths_may_have_many_steps() -> None:
     assert fits(lambda n, k, x: (n + 255, k), 0)
     assert not fits(lambda n, k, x: (n + 257, k), 0)
