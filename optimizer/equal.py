@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .builder import placeholders
-from .facts import is_pure, is_view, outside_regions, source_line
+from .builder import Builder, placeholders
+from .facts import is_kernel, is_pure, is_view, outside_regions, source_line
 
 SMALL = 1 << 12  # elements of constant tensors that are compared
 
@@ -52,6 +53,36 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
             behind = place[anchor][0]
             ends.setdefault(behind, anchor).append(node)
             ends[behind], place[node] = node, (behind, number)
+
+
+def merge_kernels(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """Run once what several kernels compute alike but for the axes of their outputs' steps: each
+    output lies as its first reader wants it."""
+    alike: dict[Any, list[Node]] = {}
+    for node in filter(is_kernel, graph_module.graph.nodes):
+        step, *given, _, reverse = cast(Any, node.args)
+        alike.setdefault((step, reverse, *map(tuple, given)), []).append(node)
+    for calls in alike.values():
+        if len(calls) > 1:
+            _merge(graph_module, calls, mode)
+
+
+def _merge(graph_module: GraphModule, calls: Sequence[Node], mode: FakeTensorMode) -> None:
+    step, carries, slices, fixed, axes, reverse = cast(Any, calls[0].args)
+    held = len(carries)
+    reads = [(cast(int, read.args[1]) - held, cast(Any, call.args[4]), read)
+             for call in calls for read in call.users]
+    chosen = {k: own[k] for k, own, _ in reversed(reads) if k >= 0}
+    axes = [chosen.get(k, axis) for k, axis in enumerate(axes)]
+    build = Builder(graph_module, calls[0], mode, dict(calls[0].meta))
+    made = build.several(calls[0].target, step, carries, slices, fixed, axes, reverse)
+    for k, own, read in reads:
+        result = made[k + held]
+        read.replace_all_uses_with(result if k < 0 else build.move(result, axes[k], own[k]))
+        graph_module.graph.erase_node(read)
+    for node in (*calls, *made):
+        if not node.users:
+            graph_module.graph.erase_node(node)
 
 
 def _computed(graph_module: GraphModule, node: Node, first: dict[Node, Node]) -> Any:

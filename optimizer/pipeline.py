@@ -13,7 +13,7 @@ from .apply import apply, tidy
 from .builder import duplicate
 from .capture import Capture
 from .contract import outputs_apart, restore
-from .equal import merge_equal
+from .equal import merge_equal, merge_kernels
 from .facts import WASTED, Facts, Line, all_graphs
 from .rewrite import Pass, Rewrite, Skip
 from .split import join_reads
@@ -82,6 +82,7 @@ def run_passes(
         if not wasted or left_out(outcome.graph_module, given):
             break
     merge_equal(outcome.graph_module)
+    merge_kernels(outcome.graph_module, captured.fake_mode)
     if training:
         outputs_apart(outcome.graph_module, captured.fake_mode)
     restore(outcome.graph_module, captured.seen, captured.graph_module, captured.fake_mode)

@@ -727,6 +727,31 @@ def test_a_short_loop_in_a_kernel_is_not_told_of() -> None:
     assert not [d for d in told["declined"] if "a kernel is built for" in d["reason"]]
 
 
+def filtered(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A Kalman filter's likelihood: its gains go into another loop, its variances stand apart."""
+    mean, variance, terms = torch.zeros(3, 4), torch.ones(3, 4), []
+    for t in range(x.shape[1]):
+        spread, rest = variance + 0.5 + m.decay**2, x[:, t] - mean
+        terms.append(rest * rest / spread + spread.log())
+        gain = variance / spread
+        mean = (mean + gain * rest) * 0.9
+        variance = (1 - gain) * variance * 0.8 + 0.1 * x[:, t] ** 2
+    return torch.stack(terms, 1).sum(1), variance
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_kernels_that_differ_in_where_their_steps_lie_run_once(mode: str) -> None:
+    model, x = Model(filtered), torch.randn(3, STEPS, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode=mode)
+    steps = [line for line in fast.code.splitlines() if "div = carry_0 /" in line]
+    assert len(steps) == 1, fast.code
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    grads = [torch.autograd.grad(run(x)[0].sum(), [x, model.decay])
+             for run, x in zip((model, fast), given, strict=True)]
+    assert_close(fast(x), model(x))
+    assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
 def solved_at_length(m: Any, x: Tensor) -> Tensor:
     h = x[:, 0]
     for t in range(x.shape[1]):
