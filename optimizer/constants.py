@@ -72,9 +72,8 @@ class ConstantAnswers(TorchFunctionMode):
                                        user_frames(traceback.extract_stack()))
         if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
-        place = CHOOSING.get(func)
-        if place is not None and place < len(args) and args[place].dtype is torch.uint8:
-            args = (*args[:place], args[place].bool(), *args[place + 1 :])
+        if func in CHOOSING:
+            args, kwargs = _by_masks(args, kwargs, CHOOSING[func])
         try:
             return func(*args, **kwargs)
         except (*UNANSWERABLE, TypeError) as error:
@@ -169,6 +168,18 @@ def _filled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | 
     else:
         made = func(*args, **{**kwargs, "fill_value": nothing})
     return cast(Tensor, made).copy_(number.detach())
+
+
+def _by_masks(
+    args: Sequence[Any], kwargs: dict[str, Any], place: int
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments of a choice, with a mask for bytes, of which a trace knows no result."""
+    if place < len(args) and args[place].dtype is torch.uint8:
+        return (*args[:place], args[place].bool(), *args[place + 1 :]), kwargs
+    mask = kwargs.get("condition")
+    if mask is not None and mask.dtype is torch.uint8:
+        return args, {**kwargs, "condition": mask.bool()}
+    return args, kwargs
 
 
 def _is_made(tensor: Any) -> bool:

@@ -48,13 +48,15 @@ def tracing_a_step() -> Iterator[None]:
 @dataclass(frozen=True)
 class Language:
     """How kernels of a language spell operations, by PyTorch's names; `choose`: of `mask`, `yes`,
-    `no`; `full`: one number everywhere; `inf`, `nan`: such numbers."""
+    `no`; `full`: one number everywhere; `inf`, `nan`: such numbers; `whole`: the integer that a
+    number is rounded to, between `least` and `most`."""
 
     functions: Mapping[str, str]
     choose: str
     full: str
     inf: str
     nan: str
+    whole: str
 
     def number(self, leaf: Any) -> str:
         """A number as an operand."""
@@ -96,6 +98,8 @@ CPP = Language(
     choose="V::blendv({no}, {yes}, {mask})", full="V(S({}))",
     inf="std::numeric_limits<double>::infinity()",
     nan="std::numeric_limits<double>::quiet_NaN()",
+    # as processors do it: the least of all integers for NaN and what is none of them; no -0.0
+    whole="V::blendv({least}, {0}.trunc() + V(S(0)), {0}.abs() < {most})",
 )
 
 
@@ -146,7 +150,8 @@ def expression(node: Node, read: Callable[[Node], str], language: Language) -> s
     args: tuple[Any, ...] = node.args
     masks = [is_mask(leaf) for leaf in args]
     if node.target in SAME and is_integer(node) and not is_integer(args[0]) and not masks[0]:
-        return functions["trunc"].format(plain(args[0]))
+        most = float(2 ** (torch.iinfo(node.meta["val"].dtype).bits - 1))
+        return language.whole.format(plain(args[0]), most=number(most), least=number(-most))
     if node.target in SAME:
         return language.as_mask(plain(args[0])) if is_mask(node) and not masks[0] else \
             plain(args[0]) if is_mask(node) else value(args[0])

@@ -50,6 +50,7 @@ TRITON = Language(
     },
     choose="tl.where({mask}, {yes}, {no})", full="tl.full([1], {}, S)",
     inf="float('inf')", nan="float('nan')",
+    whole="tl.where(tl.abs({0}) < {most}, libdevice.trunc({0}) + 0.0, {least})",
 )
 REDUCED = {"sum": ("0.0", "tl.sum({0}, {1})"),
            "amax": ("-float('inf')", "tl.reduce({0}, {1}, larger)"),

@@ -372,7 +372,9 @@ def filled_with_a_tensor(m: Any, x: Tensor) -> Tensor:
 def chosen_by_bytes(m: Any, x: Tensor) -> Tensor:
     """As conditional random fields of pytorch-crf do."""
     mask = (x > 0).to(torch.uint8)
-    return torch.where(mask, x, 0) + x.where(mask, x * 2)
+    made = torch.where(mask, x, 0) + x.where(mask, x * 2)
+    return made + torch.where(condition=mask, input=x, other=made) + x.where(
+        other=made, condition=mask)
 
 
 @pytest.mark.filterwarnings("ignore:.*uint8.*:UserWarning")

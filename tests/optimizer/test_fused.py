@@ -490,6 +490,18 @@ def test_what_it_has_no_rule_for(expression: str, reason: str) -> None:
                      [])
 
 
+def test_numbers_that_are_no_integers_are_rounded_as_outside_of_a_kernel() -> None:
+    """NaN, infinities and what is too large become the least of all integers, and none is -0."""
+    step = "def step(h, x):\n    one = torch.ones_like(x)\n    return [h, " \
+        "x.int().clamp(-3, 5).to(h), x.long().clamp(-3, 5).to(h), " \
+        "torch.copysign(one, x.long().to(h)), (x.int() < 0).to(h)]\n"
+    numbers = ["nan", "inf", "-inf", "3e9", "-3e9", "1e20", "-1e20", "-0.3", "0.3", "2.7", "-2.7"]
+    x = torch.tensor(list(map(float, numbers)))
+    build_kernel(step, [x], [x[None]], [])
+    assert_close(fused_scan(step, [torch.ones(11)], [x[None]], [], [0] * 4),
+                 list(plain(step, [torch.ones(11)], [x[None]], [])), rtol=0, atol=0)
+
+
 def test_values_that_no_cache_holds() -> None:
     step = "def step(h, x):\n    return [h @ h + x.sum() * h]\n"
     with pytest.raises(Unsupported, match="KiB of a core's cache"):

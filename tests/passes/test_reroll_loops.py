@@ -322,6 +322,21 @@ def test_any_number_may_differ_from_step_to_step(name: str, whole: bool, run: An
     assert not [r for r in reasons if "differs" in r or "could not" in r], reasons
 
 
+def test_zeros_of_two_signs_are_two_numbers(run: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            sign = torch.where(x[:, t] > 0, -0.0 if t % 2 else 0.0, 1.0)
+            h = torch.copysign(x[:, t], sign) + 0.1 * h
+        return h
+
+    model, x = Model(forward), torch.randn(3, 8, 4)
+    outcome = run(model, (x,), [RerollLoops()])
+    assert any("scan" in a.summary for a in outcome.applied), outcome
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert "differs" not in str(fast.report)
+
+
 def test_halves_are_not_mixed_with_a_weight_that_is_rounded(run: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = x[:, 0]
