@@ -401,7 +401,16 @@ def rolled(m: Any, x: Tensor) -> Tensor:
     return torch.stack([torch.roll(x.exp(), t, 0) for t in range(x.shape[1])], 1)
 
 
+def filtered_over_many(m: Any, x: Tensor) -> Tensor:
+    """Windows of more elements than are read one by one."""
+    out = torch.zeros(3, 39, 4)
+    for t in range(x.shape[1]):
+        out[:, t + 33] = torch.tanh(out[:, t : t + 33].clone().sum(1) + x[:, t])
+    return out
+
+
 @pytest.mark.parametrize(("forward", "reason"), [
+    (filtered_over_many, "a buffer is read at a place that earlier steps write to"),
     (triangular, "6 times sum: they work on different sizes"),
     (rolled, "6 times roll: a number given to them varies"),
     (own_parameters, "each trip uses parameters of its own, and the result of the one before"),
