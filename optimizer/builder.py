@@ -149,6 +149,16 @@ class Builder:
         return [self.call(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
 
 
+def put_number(node: Node, number: float, like: torch.Tensor) -> None:
+    """A tensor like `like`, filled with a number, in place of `node`."""
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(aten.full.default, (list(like.shape), number), options)
+    made.meta = {**node.meta, "val": like}
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
 def duplicate(graph_module: GraphModule) -> GraphModule:
     """A copy of a graph and of the bodies of its scans; constants are shared."""
     holder = Module()

@@ -7,11 +7,10 @@ functionalisation (so that nothing in the graph mutates anything). See docs/deci
 
 from __future__ import annotations
 
-import os
-import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -54,7 +53,7 @@ from .state import (
 from .tracing import refuse_hook, tracing
 from .untracked import Functional
 
-CHECKS = re.compile(rf"{re.escape(os.path.dirname(torch.distributions.__file__))}\b")
+DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -323,7 +322,8 @@ def _explained(error: Exception) -> CaptureError:
     )
     names = [kind.__name__ for kind in type(error).__mro__]
     within = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if "DataDependentOutputException" in names and any(map(CHECKS.match, within)):
+    if "DataDependentOutputException" in names and any(
+            file.startswith(DISTRIBUTIONS) for file in within):
         return CaptureError(
             "torch.distributions checks the values that it is given, which has no place in a "
             "graph; call `torch.distributions.Distribution.set_default_validate_args(False)`",

@@ -143,15 +143,8 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     if len({*kinds, (carries[0].device, dtype)}) > 1:
         told = ", ".join(sorted(str(dtype).removeprefix("torch.") for _, dtype in kinds))
         raise Unsupported(f"its values are not all of one floating dtype on one device ({told})")
-    if any(value(n).dtype in INTEGERS for n in (*tensors, *results) if n not in read):
-        if dtype in HALVES:
-            raise Unsupported("some of its values are integers, and others of half precision")
-        outer = dict(zip(heads, _outer(given), strict=True))
-        states = {head: after for head, after in zip(heads[:held], results, strict=False)
-                  if value(head).dtype in INTEGERS}
-        body_of_integers = [n for n in tensors if n not in read]
-        if not fit(body_of_integers, outer, states, trips(given.scan), dtype):
-            raise Unsupported("its integers may be too large for floating numbers")
+    states = dict(zip(heads[:held], results, strict=False))
+    _refuse_integers(given, heads, states, [n for n in tensors if n not in read], dtype)
     body, numbers = with_arguments(in_numbers(pairs))
     checks = check(body)
     step, needs = sourced(body, "step")
@@ -170,6 +163,22 @@ def _dtype(heads: list[Node], tensors: list[Node]) -> torch.dtype:
                 and (value(n).dim() or value(n).dtype is not torch.float64)]
     integers = any(value(n).dtype in INTEGERS for n in tensors)
     return floating[0] if floating else torch.float64 if integers else torch.float32
+
+
+def _refuse_integers(
+    given: Sunk, heads: list[Node], states: dict[Node, Node], tensors: list[Node],
+    dtype: torch.dtype,
+) -> None:
+    """Raises `Unsupported` where a kernel's floating numbers would not hold the integers among
+    `tensors`."""
+    if not any(value(n).dtype in INTEGERS for n in tensors):
+        return
+    if dtype in HALVES:
+        raise Unsupported("some of its values are integers, and others of half precision")
+    outer = dict(zip(heads, _outer(given), strict=True))
+    carried = {head: after for head, after in states.items() if value(head).dtype in INTEGERS}
+    if not fit(tensors, outer, carried, trips(given.scan), dtype):
+        raise Unsupported("its integers may be too large for floating numbers")
 
 
 def _outer(given: Sunk) -> list[Node | None]:

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .builder import put_number
 from .composed import RULES, Early
 from .facts import aten
 from .pointwise import tracing_a_step
@@ -180,12 +181,7 @@ def _fill(graph_module: GraphModule) -> None:
     for node in graph_module.graph.find_nodes(op="get_attr"):
         held = getattr(graph_module, str(node.target))
         if isinstance(held, Tensor) and held.numel() == 1:
-            with graph_module.graph.inserting_before(node):
-                made = graph_module.graph.call_function(
-                    aten.full.default, (list(held.shape), held.item()), {"dtype": held.dtype})
-            made.meta["val"] = held
-            node.replace_all_uses_with(made)
-            graph_module.graph.erase_node(node)
+            put_number(node, held.item(), held)
 
 
 def halves(sizes: Sequence[Sizes]) -> list[Tensor]:

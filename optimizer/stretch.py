@@ -90,7 +90,8 @@ class Stretch:
         if not isinstance(slot[-1], Node):
             if any(isinstance(item, Node) for item in slot):
                 raise Misfit("an argument is a number in some trips, a tensor in others", column[0])
-            same = all(type(i) is type(slot[0]) and repr(i) == repr(slot[0]) for i in slot)
+            kind, spelled = type(slot[0]), repr(slot[0])  # by which 0.0 and -0.0 are two numbers
+            same = all(type(i) is kind and repr(i) == spelled for i in slot)
             return Constant(slot[0]) if same else Varying(slot)
         if any(not isinstance(item, Node) for item in slot):
             raise Misfit("an argument is a number in some trips, a tensor in others", column[0])

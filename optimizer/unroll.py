@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .builder import output_node, placeholders
+from .builder import output_node, placeholders, put_number
 from .facts import SCAN, apart, aten, body_of, is_op, is_scan, trips, value
 from .fused import plain
 from .loop import plain_loop
@@ -63,19 +63,9 @@ def _put_numbers(body: GraphModule) -> None:
                 user.target = WITH_NUMBER[user.target]
                 user.args = (first, number, *user.args[2:])
             elif is_op(user, aten._to_copy.default):
-                _fill(user, number)
+                put_number(user, number, value(user))
         if read.users:
-            _fill(read, number)
-
-
-def _fill(node: Node, number: float) -> None:
-    """Put a number, as a tensor, in place of `node`."""
-    options: dict[str, Any] = {"dtype": value(node).dtype, "device": value(node).device}
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(aten.full.default, ([], number), options)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
+            put_number(read, number, value(read))
 
 
 def inner_trips(body: GraphModule) -> list[int]:
