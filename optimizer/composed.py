@@ -12,6 +12,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.overrides import TorchFunctionMode
 
 from .facts import aten
+from .lookups import RULES as LOOKUPS
 from .pointwise import Unsupported
 from .systems import SYSTEMS
 
@@ -277,24 +278,21 @@ def _numbered(x: Tensor, axis: int) -> Tensor:
     return torch.arange(size, dtype=x.dtype).reshape([size, *[1] * (x.dim() - 1 - axis)])
 
 
-def _first(x: Tensor, axis: int, most: Tensor) -> Any:
-    """A mask of the first element along an axis that is NaN or equals `most`."""
-    found = ((x == most) | (x != x)).to(torch.float32)
-    return (_cumsum(found, axis) * found) == 1
-
-
-def _place(x: Tensor, axis: int, first: Tensor, keepdim: bool) -> Tensor:
-    return torch.where(first, _numbered(x, axis), 0.0).sum(axis, keepdim).long()
+def _first(x: Tensor, axis: int, name: str) -> Tensor:
+    """The place of the first element along an axis, which stays, that is NaN or the extreme."""
+    found = (x == getattr(x, name)(axis, True)) | (x != x)
+    return torch.where(found, _numbered(x, axis), float(x.shape[axis])).amin(axis, True)
 
 
 def _extreme(name: str) -> Callable[..., Any]:
     """`max` and `min` along an axis: a gradient goes to the first of equals alone."""
 
     def extreme(x: Tensor, axis: int, keepdim: bool = False) -> Any:
-        if not x.is_floating_point():
+        if not x.is_floating_point() or not x.dim():
             return NotImplemented
-        first = _first(x.detach(), axis, getattr(x.detach(), name)(axis, True))
-        return torch.where(first, x, 0.0).sum(axis, keepdim), _place(x, axis, first, keepdim)
+        place = _first(x.detach(), axis, name)
+        most = torch.where(_numbered(x, axis) == place, x, 0.0).sum(axis, keepdim)
+        return most, (place if keepdim else place.squeeze(axis)).long()
 
     return extreme
 
@@ -302,15 +300,15 @@ def _extreme(name: str) -> Callable[..., Any]:
 def _extreme_place(name: str) -> Callable[..., Any]:
     """`argmax` and `argmin`."""
 
-    def place(x: Tensor, axis: int | None = None, keepdim: bool = False) -> Any:
-        if not x.is_floating_point() or (axis is None and keepdim):
+    def found(x: Tensor, axis: int | None = None, keepdim: bool = False) -> Any:
+        if not x.is_floating_point() or not x.dim() or (axis is None and keepdim):
             return NotImplemented
         if axis is None:
-            return place(x.reshape(-1), 0)
-        x = x.detach()
-        return _place(x, axis, _first(x, axis, getattr(x, name)(axis, True)), keepdim)
+            return found(x.reshape(-1), 0)
+        place = _first(x.detach(), axis, name)
+        return (place if keepdim else place.squeeze(axis)).long()
 
-    return place
+    return found
 
 
 def _one_hot(index: Tensor, classes: int = -1) -> Any:
@@ -371,7 +369,7 @@ EARLY: dict[Any, Callable[..., Any]] = {
     aten.argmax.default: _extreme_place("amax"), aten.argmin.default: _extreme_place("amin"),
     aten.max.default: torch.amax, aten.min.default: torch.amin,
     aten.one_hot.default: _one_hot, aten.diagonal.default: _diagonal,
-    aten.pad.default: _pad_with_itself, **SYSTEMS,
+    aten.pad.default: _pad_with_itself, **SYSTEMS, **LOOKUPS,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .emit import sourced
 from .facts import aten, is_tensor, stacked_as, trips, value
 from .fused import HALVES
 from .integers import INTEGERS, fit
+from .lookups import RULES as LOOKUPS
+from .lookups import ranges
 from .packing import step_sizes
 from .pairs import in_pairs, is_complex, parted
 from .pointwise import Unsupported, no_rule
@@ -31,8 +34,8 @@ Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if
 CPU = torch.device("cpu")
 NUMBERED = (torch.bool, *INTEGERS)  # dtypes whose values a kernel holds as floating numbers
 PROMOTED = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
-LOOKUPS = (aten.gather.default, aten.index_select.default, aten.index.Tensor,
-           aten.embedding.default, aten.scatter.src, aten.scatter.value, aten.index_put.default)
+BY_INTEGERS = (*LOOKUPS, aten.scatter.src, aten.scatter_reduce.two, aten.index_copy.default,
+               aten.index_fill.int_Tensor)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -206,6 +209,15 @@ def check(body: GraphModule) -> int:
                                      name=f"{CHECKED}_{len(found)}")
         made.meta["val"] = target(value(result), last)
         found.append(made)
+    for index, least, size in [r for node in graph.nodes for r in ranges(node)]:
+        with graph.inserting_before(end):
+            inside = graph.call_function(aten.logical_and.default, (
+                graph.call_function(aten.ge.Scalar, (index, least)),
+                graph.call_function(aten.lt.Scalar, (index, size))))
+            told = graph.call_function(aten.where.Scalar, (inside, 0.0, math.nan))
+            found.append(graph.create_node(
+                "call_function", aten.type_as.default, (told, placeholders(body)[0]),
+                name=f"{CHECKED}_{len(found)}"))
     end.args = ((*cast(tuple[Node, ...], end.args[0]), *found),)
     return len(found)
 
@@ -238,11 +250,14 @@ def in_numbers(body: GraphModule) -> GraphModule:
                 mask = made.graph.call_function(aten.ne.Scalar, (head, 0))
             for user in [u for u in head.users if u is not mask]:
                 user.replace_input_with(head, mask)
-        elif value(head).dtype in INTEGERS:
-            for user in [u for u in head.users if u.target in LOOKUPS]:
+    for user in [n for n in made.graph.nodes if n.target in BY_INTEGERS]:
+        for given in user.all_input_nodes:
+            if value(given).dtype in INTEGERS:
                 with made.graph.inserting_before(user):
-                    user.replace_input_with(head, made.graph.call_function(
-                        aten._to_copy.default, (head,), {"dtype": value(head).dtype}))
+                    index = made.graph.call_function(
+                        aten._to_copy.default, (given,), {"dtype": value(given).dtype})
+                index.meta["val"] = value(given)
+                user.replace_input_with(given, index)
     for node in made.graph.find_nodes(op="call_function", target=aten.floor_divide.default):
         # of floating numbers the same, and it has a gradient
         node.target, node.kwargs = aten.div.Tensor_mode, {"rounding_mode": "floor"}
@@ -289,5 +304,6 @@ def _spell_out(norm: Node, eps: Node) -> None:
         made = graph.call_function(aten.mul.Tensor, (x, scale))
         if rest and rest[0] is not None:
             made = graph.call_function(aten.mul.Tensor, (made, rest[0]))
+    made.meta.update(norm.meta)
     norm.replace_all_uses_with(made)
     graph.erase_node(norm)

@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from .facts import aten, is_tensor, is_view, value
+from .builder import output_node
+from .facts import aten, body_of, is_scan, is_tensor, is_view, value
+from .lookups import ranges
 from .pointwise import SAME, constant, no_rule
 
 INTEGERS = (torch.int64, torch.int32)
@@ -58,9 +60,10 @@ def fit(
     integer that is carried. Raises `Unsupported` for an operation that kernels have no rule for.
     """
     outside, body = _Known({}, dtype), list(body)
-    start = [outside.of(given[head]) for head in states]
-    known = _Known({head: STATE if head in states else outside.of(source)
-                    for head, source in given.items()}, dtype, inside=True)
+    begun = {head: outside.of(source) or _rows(head) for head, source in given.items()}
+    start = [begun[head] for head in states]
+    known = _Known({head: STATE if head in states else bounds for head, bounds in begun.items()},
+                   dtype, inside=True)
     after = [known.of(node) for node in states.values()]
     found = [known.of(n) for n in body if is_tensor(n) and value(n).dtype in INTEGERS
              and (n.op != "placeholder" or n.users)]
@@ -102,7 +105,7 @@ class _Known:
         if node.op == "get_attr":
             return _held(node)
         if not isinstance(node.target, torch._ops.OpOverload):
-            return _place(node) if node.op == "call_function" else None
+            return self._item(node) if node.op == "call_function" else None
         if (number := constant(node)) is not None:
             return self.of(number)
         name = node.target._schema.name.removeprefix("aten::")
@@ -118,6 +121,17 @@ class _Known:
             return None
         return rule(node, [self.of(a, depth + 1) for a in node.args])
 
+    def _item(self, node: Node) -> Bounds | None:
+        """Those of what the steps of a scan return, whatever they are given, or of the places
+        that a largest value has: the second result of `max`."""
+        source, *index = cast(tuple[Any, ...], node.args)
+        if is_scan(source) and index[0] >= len(source.args[1]):
+            results = cast(tuple[Node, ...], output_node(body_of(source)).args[0])
+            return _Known({}, self.dtype).of(results[index[0]])
+        if index == [1] and isinstance(source, Node) and source.target in (
+                aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default):
+            return Bounds((0, max(value(cast(Node, source.args[0])).numel() - 1, 0)))
+        return None
 
     def _converted(self, node: Node, source: Node, depth: int) -> Bounds | None:
         """Those of a view or a copy, of floating numbers that it rounds too."""
@@ -131,6 +145,22 @@ class _Known:
         return None if narrower else bounds
 
 
+def _rows(index: Node) -> Bounds | None:
+    """Those of an index whose elements are looked up, all or those that anybody reads, which
+    raises where the bounds don't hold."""
+    found = list[Bounds | None]()
+    for user in index.users:
+        told = [Bounds((least, size - 1)) for i, least, size in ranges(user) if i is index]
+        whole = is_tensor(user) and value(user).numel() >= value(index).numel()
+        bounds = told[0] if told else _rows(user) if is_view(user) else None
+        if bounds and (told or whole):
+            return bounds
+        found.append(bounds)
+    if not found or None in found:
+        return None
+    return max(filter(None, found), key=lambda bounds: bounds.size)
+
+
 def _held(node: Node) -> Bounds | None:
     """Those of a constant tensor, which may be a schedule that goes on as it is."""
     held = getattr(node.graph.owning_module, str(node.target), None)
@@ -138,15 +168,6 @@ def _held(node: Node) -> Bounds | None:
         return None
     longer = max(STEPS / held.numel(), 1) if held.numel() > 1 else 1
     return Bounds((int(held.min()) * longer, int(held.max()) * longer))
-
-
-def _place(node: Node) -> Bounds | None:
-    """Those of the places that a largest value has: the second result of `max`."""
-    source, *index = cast(tuple[Any, ...], node.args)
-    if index == [1] and isinstance(source, Node) and source.target in (
-            aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default):
-        return Bounds((0, max(value(cast(Node, source.args[0])).numel() - 1, 0)))
-    return None
 
 
 Operands = list[Bounds | None]
@@ -246,7 +267,7 @@ RULES: dict[str, Rule] = {
     "add": _sum, "sub": _sum, "mul": _product, "neg": _negative, "abs": _size,
     "clamp": _clamped, "clamp_min": _clamped, "clamp_max": _either, "maximum": _either,
     "minimum": _either, "where": _chosen, "masked_fill": _filled, "amax": _first, "amin": _first,
-    "gather": _first, "index_select": _first, "flip": _first, "roll": _first,
+    "gather": _first, "index_select": _first, "index": _first, "flip": _first, "roll": _first,
     "remainder": _of_positive(lambda a, b: Bounds((0, b.size))),
     "floor_divide": _of_positive(lambda a, b: Bounds(a.fixed and (
         min(a.fixed[0], 0), max(a.fixed[1], 0)), a.beyond)),

@@ -40,7 +40,7 @@ def tracing_a_step() -> Iterator[None]:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise Unsupported("the loop factorizes matrices or solves linear systems") from error
-    except RuntimeError as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise Unsupported(f"the loop's step can't be traced ({reason})") from error
 

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .builder import put_number
 from .composed import RULES, Early
 from .facts import aten
+from .lookups import SPELLED
 from .pointwise import tracing_a_step
 from .systems import TELLING, telling
 from .turns import TRACING
@@ -86,7 +87,7 @@ def checks(source: str) -> tuple[int, ...] | None:
     """
     names = source[source.rindex("[") + 1 : source.rindex("]")].split(", ")
     found = tuple(k for k, name in enumerate(names) if name.startswith(CHECKED))
-    raises = any(str(target) in source for target in TELLING)
+    raises = any(name in source for name in (*map(str, TELLING), *SPELLED))
     return found if found or not raises else None
 
 

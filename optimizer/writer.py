@@ -50,9 +50,13 @@ class Writer(ABC):
             elif node.op == "get_attr":
                 held = getattr(self.axes.graph.owning_module, str(node.target))
                 if held.numel() == 1:
-                    self.constants[node] = self.language.number(held.item())
+                    self._constant(node, held.item())
                 else:
                     self.table(node, held)
+
+    def _constant(self, node: Node, number: float) -> None:
+        text = self.language.number(number)
+        self.constants[node] = self.language.as_mask(text) if is_mask(node) else text
 
     @abstractmethod
     def table(self, node: Node, held: Tensor) -> None:
@@ -86,7 +90,7 @@ class Writer(ABC):
         target: Any = node.target
         fill = constant(node)
         if fill is not None:
-            self.constants[node] = self.language.number(fill)
+            self._constant(node, fill)
             return
         sources = [n for n in node.all_input_nodes if n not in self.constants]
         if isinstance(node.meta.get("val"), Tensor):

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from .builder import Builder
-from .facts import WRITES, aten, is_op, shape, value
+from .facts import READS, WRITES, aten, is_op, shape, value
 
 LONGEST_WALK = 64  # writes looked back through, one by one, for the one that a read sees
 MOST_PARTS = 32  # elements of a window that are read one by one
@@ -81,7 +81,7 @@ class Windows:
         """What takes the place of a read, or None; it may read elsewhere afterwards."""
         found = behind_other_writes(node, self.writes)
         source = cast(Node, node.args[0])
-        if found is not None or not _grows(source, self.writes) \
+        if found is not None or not is_op(node, *READS) or not _grows(source, self.writes) \
                 or any(user.op == "output" for user in node.users):  # a view for the caller
             return found
         found = self._behind(node)
@@ -119,6 +119,8 @@ class Windows:
         of what was there before."""
         while True:
             part = behind_other_writes(read, self.writes)
+            if not is_op(read, *READS):  # all that was written there, with an axis more
+                return None
             source, axis, begin, *rest = cast(Any, read.args)
             if part is not None or not is_op(source, aten.cat.default) or source.args[1] != axis:
                 return part

@@ -461,3 +461,53 @@ class Refractory(nn.Module):
 @entry("neurons with a refractory counter")
 def refractory() -> Any:
     return Refractory()
+
+
+class Greedy(nn.Module):
+    """A decoder that reads the most likely of its own tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.cell = nn.Embedding(64, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+        self.likely = nn.Linear(WIDTH, 64)
+
+    def forward(self, state: Tensor, first: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        token, seen, states = first, [], []
+        for _ in range(len(steps)):
+            state = self.cell(self.tokens(token), state)
+            token = self.likely(state).argmax(-1)
+            seen.append(token)
+            states.append(state)
+        return torch.stack(seen, 1), torch.stack(states, 1)
+
+
+@entry("greedy decoding", inputs=lambda length: (
+    noise(BATCH, WIDTH), torch.randint(0, 64, (BATCH,)), torch.arange(length)))
+def greedy() -> Any:
+    return Greedy()
+
+
+class Viterbi(nn.Module):
+    """The most likely path of states, found backwards from where each came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        score, came = x[:, 0], []
+        for t in range(1, x.shape[1]):
+            most, place = (score.unsqueeze(2) + self.moves).max(1)
+            score = most + x[:, t]
+            came.append(place)
+        best = score.argmax(1)
+        path = [best]
+        for place in reversed(came):
+            best = place.gather(1, best.unsqueeze(1)).squeeze(1)
+            path.append(best)
+        return torch.stack(path[::-1], 1), score
+
+
+@entry("Viterbi path", loops=2)
+def viterbi() -> Any:
+    return Viterbi()

@@ -51,6 +51,12 @@ def windows(x: Tensor, step: int, across: bool = False) -> Tensor:
     return torch.stack(seen)
 
 
+def placed(x: Tensor) -> Tensor:
+    made = x.new_zeros(3, 4, 4)
+    made[:, 1, 2] = x[:, 0]
+    return made
+
+
 def appended(x: Tensor, parts: list[Tensor], begin: int) -> Tensor:
     """Windows of a sequence that grows by some parts."""
     seen = []
@@ -76,6 +82,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "the end of what grows by other dtypes": (
         lambda x: appended(x, [x[:, :1].float(), x[:, 2:3], x[:, 1:2].double()], -3), NUMBERS),
     "the end of what grows by more at once": (lambda x: appended(x, [x, x + 1, x * 2], -6), X),
+    "a place that was written in what was just written": (lambda x: placed(x)[:, 1:2], X),
+    "what was written at a place just written": (lambda x: placed(x)[:, 1:2, 2:3], X),
     "one of the places that a step wrote": (lambda x: every_other(x)[:, 3:4], X),
     "a place that a step wrote and one beside": (lambda x: every_other(x)[:, 1:3], X),
     "a place between": (lambda x: every_other(x)[:, 2:3], X),

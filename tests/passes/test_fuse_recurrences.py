@@ -292,14 +292,6 @@ def from_outside(m: Any, x: Tensor) -> Tensor:
     return h
 
 
-def embedded(m: Any, x: Tensor) -> Tensor:
-    h, token = x[:, 0], torch.zeros(3).long()
-    for t in range(x.shape[1]):
-        h = torch.tanh(m.a(h) + x[:, t] + nn.functional.embedding(token, m.b.weight))
-        token = h.argmax(-1)
-    return h
-
-
 def other_bits(m: Any, x: Tensor) -> Tensor:
     h, n = x[:, 0], torch.ones(3, 4).long()
     for t in range(x.shape[1]):
@@ -370,7 +362,6 @@ def test_what_the_scan_reads(forward: Forward) -> None:
     (fibonacci, "its integers may be too large for floating numbers"),
     (doubled, "its integers may be too large for floating numbers"),
     (from_outside, "its integers may be too large for floating numbers"),
-    (embedded, "the loop computes embedding, which the kernel has no rule for"),
     (other_bits, "the loop computes xor, which the kernel has no rule for"),
     (greatest_so_far, "the loop computes cummax, which the kernel has no rule for"),
     (quotient, "the loop divides by complex numbers"),

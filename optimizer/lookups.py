@@ -1,0 +1,177 @@
+"""Rows of a table that a step looks up, or adds to, as what masks leave of all rows.
+
+What no mask takes is never read, so the sum is exact beside infinities and NaN, but for the sign
+of a zero. PyTorch raises where an index is out of range, and a kernel can't: such a step returns
+NaN beside its results then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .facts import aten, is_tensor, value
+
+MOST_ROWS = 1 << 12  # of a table, each of which a kernel reads in each step
+
+
+def _left(mask: Tensor, rows: Tensor, axes: list[int]) -> Tensor:
+    """The sum over some axes of what a mask leaves."""
+    if rows.is_floating_point():
+        return torch.where(mask, rows, 0.0).sum(axes)
+    return torch.where(mask, rows.to(torch.float32), 0.0).sum(axes).to(rows.dtype)
+
+
+def _is_row(index: Tensor, size: int) -> Tensor:
+    """A mask [*index, size] of the row that each index tells, counted from the end below 0."""
+    rows = torch.arange(size, dtype=torch.float32)
+    index = index.unsqueeze(-1)
+    return torch.where(index < 0, index + size, index) == rows
+
+
+def _gather(x: Tensor, axis: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    if not x.dim() or x.shape[axis] > MOST_ROWS or sparse_grad:
+        return NotImplemented
+    for other, size in enumerate(index.shape):
+        x = x if other == axis % x.dim() else x.narrow(other, 0, size)
+    rows = x.movedim(axis, -1).unsqueeze(axis % x.dim())
+    return _left(_is_row(index, rows.shape[-1]), rows, [-1])
+
+
+def _index_select(x: Tensor, axis: int, index: Tensor) -> Any:
+    return _index(x, [*[None] * (axis % x.dim()), index.reshape(-1)]) if x.dim() \
+        else NotImplemented
+
+
+def _mask(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor, int, int] | None:
+    """What `x[:, i, j]` takes as a mask [*sizes of i and j, *sizes of the axes, 1 …], the first of
+    these axes and how many they are; None if they are apart, or not by integers."""
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    given = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+        *(index for index in indices if index is not None))
+    first, count = axes[0], len(axes)
+    sizes = x.shape[first : first + count]
+    if axes != list(range(first, first + count)) or sizes.numel() > MOST_ROWS \
+            or any(index.dtype in (torch.bool, torch.uint8) for index in given):
+        return None
+    after = [1] * (x.dim() - first - count)
+    masks = [_is_row(index, size).reshape(
+        *index.shape, *(size if i == k else 1 for i in range(count)), *after)
+        for k, (index, size) in enumerate(zip(given, sizes, strict=True))]
+    return reduce(torch.logical_and, masks), first, count
+
+
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """`x[:, i, j]`: neighbouring axes by integers that broadcast."""
+    if (found := _mask(x, indices)) is None:
+        return NotImplemented
+    mask, first, count = found
+    new = mask.dim() - (x.dim() - first)
+    rows = x.reshape(*x.shape[:first], *[1] * new, *x.shape[first:])
+    return _left(mask, rows, list(range(first + new, first + new + count)))
+
+
+def _index_put(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Any:
+    """What is added at places; which of several values remains at one, PyTorch doesn't say."""
+    if not accumulate or not x.is_floating_point() or (found := _mask(x, indices)) is None:
+        return NotImplemented
+    mask, first, count = found
+    new = mask.dim() - (x.dim() - first)
+    shape, after = mask.shape[:new], x.shape[first + count :]
+    values = values.expand(*x.shape[:first], *shape, *after).reshape(
+        *x.shape[:first], *shape, *[1] * count, *after)
+    return x + _left(mask, values, list(range(first, first + new)))
+
+
+def _index_add(
+    x: Tensor, axis: int, index: Tensor, source: Tensor, *, alpha: Any = 1
+) -> Any:
+    if not x.dim() or index.dim() != 1 or source.dim() != x.dim():
+        return NotImplemented
+    source = source if alpha == 1 else source * alpha
+    return _index_put(x, [*[None] * (axis % x.dim()), index], source, True)
+
+
+def _index_fill(x: Tensor, axis: int, index: Tensor, number: Any) -> Any:
+    if not x.dim() or (found := _mask(x, [*[None] * (axis % x.dim()), index.reshape(-1)])) is None:
+        return NotImplemented
+    return torch.where(found[0].any(0), number, x)
+
+
+def _scattered(x: Tensor, axis: int, index: Tensor) -> Tensor | None:
+    """A mask [*index, rows] of where elements go, None if that is not along a whole axis."""
+    others = [size for k, size in enumerate(x.shape) if k != axis % max(x.dim(), 1)]
+    same = others == [size for k, size in enumerate(index.shape) if k != axis % max(x.dim(), 1)]
+    if not x.dim() or not same or x.shape[axis] > MOST_ROWS or not x.is_floating_point():
+        return None
+    return _is_row(index, x.shape[axis])
+
+
+def _scatter_add(x: Tensor, axis: int, index: Tensor, source: Tensor) -> Any:
+    if (mask := _scattered(x, axis, index)) is None:
+        return NotImplemented
+    for other, size in enumerate(index.shape):
+        source = source.narrow(other, 0, size)
+    return x + _left(mask, source.unsqueeze(-1), [axis % x.dim()]).movedim(-1, axis)
+
+
+def _scatter_value(x: Tensor, axis: int, index: Tensor, number: Any) -> Any:
+    if (mask := _scattered(x, axis, index)) is None:
+        return NotImplemented
+    return torch.where(mask.any(axis % x.dim()).movedim(-1, axis), number, x)
+
+
+def _take_along(x: Tensor, index: Tensor, axis: int | None = None) -> Any:
+    if axis is None or x.dim() != index.dim():
+        return NotImplemented
+    sizes = [max(pair) for pair in zip(x.shape, index.shape, strict=True)]
+    axis %= x.dim()
+    return _gather(x.expand(*sizes[:axis], -1, *sizes[axis + 1 :]), axis,
+                   index.expand(*sizes[:axis], -1, *sizes[axis + 1 :]))
+
+
+def _embedding(
+    weight: Tensor, index: Tensor, padding: int = -1, by_frequency: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if by_frequency or sparse:
+        return NotImplemented
+    if padding >= 0:  # a row without a gradient
+        is_padding = torch.arange(weight.shape[0], dtype=torch.float32) == padding
+        weight = torch.where(is_padding.unsqueeze(-1), weight.detach(), weight)
+    return _index(weight, [index])
+
+
+RULES: dict[Any, Any] = {
+    aten.gather.default: _gather, aten.take_along_dim.default: _take_along,
+    aten.index.Tensor: _index, aten.index_put.default: _index_put,
+    aten.index_add.default: _index_add, aten.index_fill.int_Scalar: _index_fill,
+    aten.scatter_add.default: _scatter_add, aten.scatter.value: _scatter_value,
+    **dict.fromkeys((aten.index_select.default, torch.index_select), _index_select),
+    **dict.fromkeys((aten.embedding.default, torch.embedding), _embedding),
+}
+SPELLED = ("aten.gather.", "aten.take_along_dim.", "aten.index.", "aten.index_put.",
+           "aten.index_add.", "aten.index_fill.", "aten.scatter", "index_select", "embedding")
+
+
+def ranges(node: Node) -> Iterator[tuple[Node, int, int]]:
+    """The indices of a lookup, and the least and the number of the rows that each may tell."""
+    args = cast(tuple[Any, ...], node.args)
+    if node.target in (aten.index.Tensor, aten.index_put.default):
+        for axis, index in enumerate(args[1]):
+            if is_tensor(index):
+                size = value(args[0]).shape[axis]
+                yield index, -size, size
+    elif node.target is aten.embedding.default:
+        yield args[1], 0, value(args[0]).shape[0]
+    elif node.target is aten.take_along_dim.default:
+        yield args[1], 0, value(args[0]).shape[args[2]]
+    elif node.target in RULES:
+        yield args[2], 0, value(args[0]).shape[args[1]]
