@@ -21,6 +21,7 @@ SCAN = torch.ops.higher_order.scan
 # what these see depends on how their tensor lies in memory
 PHYSICAL = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 READS = (aten.select.int, aten.slice.Tensor)
+AUTOCAST = ("cpu", "cuda")  # devices whose autocast a call's signature tells
 WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
 SUPERSEDED = "superseded"  # marks a random or wasted operation that others run instead
 WASTED = "wasted"  # marks what the model computes and does not use

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .affine import progression
-from .facts import READS, WRITES, aten, is_inexact, is_op, is_region_marker, is_tensor, value
+from .facts import READS, WRITES, aten, is_inexact, is_op, is_tensor, value
 from .reads import Link
 from .schedules import filled, scheduled
 from .stretch import Carried, Constant, Invariant, Local, Misfit, Source, Stretch, Varying
@@ -72,9 +72,10 @@ class Loop:
 def fold(operations: Sequence[Node], period: int) -> Loop:
     """The loop that `operations` are, `period` to a trip; raises `Misfit` if they are none."""
     stretch = Stretch(operations, period)
-    for node in operations[:period]:
-        if is_region_marker(node):
-            raise Misfit("an autocast region begins or ends in every trip", node)
+    for node in operations:
+        for user in node.users:
+            if user not in stretch.place and user < operations[-1]:  # and nothing moves across it
+                raise Misfit("an autocast region begins or ends in every trip", user)
     classed = [stretch.sources(place) for place in range(period)]
     loop = Loop(stretch, [s for s, _ in classed], [spec for _, spec in classed])
     for place in range(period):

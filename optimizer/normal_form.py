@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from .builder import Builder, note_computed, placeholders, refresh
 from .equal import merge_equal
 from .facts import (
+    AUTOCAST,
     READS,
     SUPERSEDED,
     WASTED,
@@ -48,6 +49,7 @@ def normalize(graph_module: GraphModule, state_names: Sequence[str], mode: FakeT
     for node in graph_module.graph.nodes:
         note_computed(node)
     name_inputs(graph_module, state_names)
+    drop_idle_regions(graph_module)
     detach_regions(graph_module, mode)
     mark_wasted(graph_module)
     simplify(graph_module, mode)
@@ -88,6 +90,24 @@ def name_inputs(graph_module: GraphModule, state_names: Sequence[str]) -> None:
             wanted = f"input_{position - len(state_names)}"
         node.name = graph_module.graph._graph_namespace.create_name(wanted, None)
         node.target = node.name
+
+
+def drop_idle_regions(graph_module: GraphModule) -> None:
+    """Autocast regions that switch off what is off go, as around rotary embeddings: a program
+    serves calls with autocast as it is now."""
+    on = {kind: torch.is_autocast_enabled(kind) for kind in AUTOCAST}
+    before: dict[Node, bool] = {}  # what opens a region → whether autocast was on
+    for node in list(filter(is_region_marker, graph_module.graph.nodes)):
+        opens = cast(Node, node.args[0]) if isinstance(node.args[0], Node) else node
+        kind, _, enabled, _ = cast(tuple[str, Any, bool, bool], opens.args)
+        if opens is node:
+            before[node] = on.get(kind, True)
+            on[kind] = enabled
+        else:
+            on[kind] = before[opens]
+            if not enabled and not before[opens]:
+                graph_module.graph.erase_node(node)
+                graph_module.graph.erase_node(opens)
 
 
 def detach_regions(graph_module: GraphModule, mode: FakeTensorMode) -> None:

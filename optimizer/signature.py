@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .builder import storage
+from .facts import AUTOCAST
 from .refused import has_global_hooks
 from .state import assigned_by, model_state
 
@@ -79,7 +80,7 @@ def call_signature(leaves: Sequence[Any], structure: Hashable) -> Hashable:
         shared = tuple(map(storages.index, storages))
     autocast = tuple([
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in ("cpu", "cuda")
+        for kind in AUTOCAST
     ])
     return (structure, inputs, shared, torch.is_grad_enabled(), autocast,
             torch.get_default_dtype())

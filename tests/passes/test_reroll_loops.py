@@ -486,6 +486,41 @@ def test_leaves_autocast_regions_alone(run: Any) -> None:
         s.reason for s in outcome.skips]
 
 
+def test_regions_that_switch_off_what_is_off_go(equal: Any) -> None:
+    """As around rotary embeddings; under autocast the same region counts."""
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            with torch.autocast("cpu", enabled=False):
+                turned = x[:, t].float() * 2
+            h = torch.tanh(m.a(h) + turned)
+        return h
+
+    model, x = Model(forward), torch.randn(3, 6, 4)
+    fast = equal(model, (x,))
+    assert "autocast" not in fast.code
+    assert "one scan" in str(fast.report)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0)
+    assert "autocast" in fast.code
+    assert "it runs in an autocast region, which is left as it is" in [
+        d["reason"] for d in fast.report.to_dict()["declined"]]
+
+
+def test_a_region_that_reads_what_the_loop_computes_before_it_goes_on(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, seen = x[:, 0], []
+        for t in range(x.shape[1]):
+            h = torch.tanh(m.a(h) + x[:, t])
+            with torch.autocast("cpu", torch.bfloat16):
+                seen.append(m.b(h[:, :4]).float())
+        return torch.stack(seen, 1)
+
+    fast = equal(Model(forward), (torch.randn(3, 6, 4),))
+    assert "a loop of 6 trips: an autocast region begins or ends in every trip" in [
+        d["reason"] for d in fast.report.to_dict()["declined"]]
+
+
 def test_what_a_region_computes_is_not_merged_with_the_same_outside(equal: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
