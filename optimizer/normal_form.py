@@ -98,7 +98,7 @@ def drop_idle_regions(graph_module: GraphModule) -> None:
     on = {kind: torch.is_autocast_enabled(kind) for kind in AUTOCAST}
     before: dict[Node, bool] = {}  # what opens a region → whether autocast was on
     for node in list(filter(is_region_marker, graph_module.graph.nodes)):
-        opens = cast(Node, node.args[0]) if isinstance(node.args[0], Node) else node
+        opens = node.args[0] if isinstance(node.args[0], Node) else node
         kind, _, enabled, _ = cast(tuple[str, Any, bool, bool], opens.args)
         if opens is node:
             before[node] = on.get(kind, True)
