@@ -195,7 +195,7 @@ class _Comparison:
         theirs, ours = (self._observe(m, case, training, Width.OWN) for m in (self.a, b))
         self.raised += theirs.exception is not None
         found = self._behaves(case, training, theirs, ours)
-        if found is not None and case.odd:
+        if found is not None and (case.odd or not case.usual):
             truth = self._observe(self.a, case, training, Width.DOUBLE)
             found = self._behaves(case, training, forgiving(theirs, truth, ours), ours)
         if found is not None or case.odd or not self.doubles:

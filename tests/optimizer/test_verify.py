@@ -681,6 +681,19 @@ def test_nan_and_infinities_may_not_be_where_the_first_never_has_them(otherwise:
     assert verdict.case.startswith("Inf")
 
 
+def test_what_overflows_to_infinity_or_to_nan_is_up_to_rounding() -> None:
+    x, scale = (torch.tensor([0.5, 3.0]),), 2.2e33
+    pair = Pair("", lambda m, x: x * x * scale * 2 - x * x * scale * 2 + x * x * scale,
+                lambda m, x: x * x * scale * 2 - x * x * scale, x, "")
+    assert torch.isnan(pair.one(nn.Module(), x[0] * 100)).any()
+    assert torch.isinf(pair.other(nn.Module(), x[0] * 100)).any()
+    assert pair.verify()
+    finite = Pair("", lambda m, x: (x / 100) ** 16, lambda m, x: x**16 / 1e32, x, "")
+    verdict = finite.verify()
+    assert isinstance(verdict, Differs)
+    assert verdict.case.startswith("large inputs")
+
+
 def test_signed_zeros_are_not_exact() -> None:
     verdict = Pair("", lambda m, x: x * 1, lambda m, x: x + 0, (torch.tensor([-0.0]),), "").verify()
     assert not (isinstance(verdict, Equal) and verdict.grade == "exact")
