@@ -20,7 +20,10 @@ from .stretch import Carried, Constant, Invariant, Local, Source, Varying
 
 # operations that draw by the size of their argument, and those that are given that size
 LIKE = {aten.rand_like.default: aten.rand.default, aten.randn_like.default: aten.randn.default}
-DRAWN = {*LIKE, aten.bernoulli.p, aten.dropout.default}
+WRITTEN_OVER = {aten.bernoulli.p, aten.normal_functional.default, aten.uniform.default,
+                aten.exponential.default, aten.cauchy.default, aten.log_normal.default,
+                aten.geometric.default}
+DRAWN = {*LIKE, *WRITTEN_OVER, aten.dropout.default}
 
 
 def build_scan(loop: Loop, build: Builder) -> dict[Node, Node]:
@@ -196,15 +199,13 @@ class _Assembly:
             return None
         if node.target in LIKE:
             return put(LIKE[node.target], list(made.shape), **options)
-        probability = args[1]
-        if node.target is aten.dropout.default:
-            if not args[2] or probability in (0, 1):
-                return None
-            probability = 1 - probability
-        size = put(aten.zeros.default, list(made.shape), **options)
-        noise = put(aten.bernoulli.p, size, probability)
-        if node.target is aten.bernoulli.p:
-            return noise
+        size = partial(put, aten.zeros.default, list(made.shape), **options)
+        if node.target in WRITTEN_OVER:
+            return put(node.target, size(), *args[1:], **kwargs)
+        if not args[2] or args[1] in (0, 1):
+            return None
+        probability = 1 - args[1]
+        noise = put(aten.bernoulli.p, size(), probability)
         return put(aten.mul.Tensor, args[0], put(aten.div.Tensor, noise, probability))
 
     def _filled(self, node: Node, numbers: Varying) -> Node:

@@ -31,7 +31,8 @@ PROMOTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor,
 
 DRAWING = {aten.rand, aten.randn, aten.rand_like, aten.randn_like, aten.normal_functional,
            aten.normal_, aten.uniform_, aten.exponential_, aten.cauchy_, aten.log_normal_,
-           aten.geometric_, aten.normal, aten.uniform, aten.bernoulli, aten.poisson}
+           aten.geometric_, aten.exponential, aten.cauchy, aten.log_normal, aten.geometric,
+           aten.normal, aten.uniform, aten.bernoulli, aten.poisson}
 
 
 class _Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ from .pointwise import SAME, constant, no_rule
 INTEGERS = (torch.int64, torch.int32)
 EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}  # all integers up to it are numbers
 STEPS = 1 << 16  # that a program for all lengths may have; where it has more, it is compared
+ROUNDS = 4  # steps after which states may stay within bounds
 DEPTH = 32  # operations before the loop that are followed
 
 
@@ -61,10 +62,9 @@ def fit(
     """
     outside, body = _Known({}, dtype), list(body)
     begun = {head: outside.of(source) or _rows(head) for head, source in given.items()}
-    start = [begun[head] for head in states]
-    known = _Known({head: STATE if head in states else bounds for head, bounds in begun.items()},
-                   dtype, inside=True)
-    after = [known.of(node) for node in states.values()]
+    known = _settled(begun, states, dtype) or _Known(
+        {**begun, **dict.fromkeys(states, STATE)}, dtype, inside=True)
+    start, after = [begun[head] for head in states], [known.of(node) for node in states.values()]
     found = [known.of(n) for n in body if is_tensor(n) and value(n).dtype in INTEGERS
              and (n.op != "placeholder" or n.users)]
     if None in (*start, *after, *found):
@@ -77,6 +77,23 @@ def fit(
     sizes = [b.size for b in found if b and b.is_finite]
     sizes += [largest + b.beyond for b in found if b and b.beyond is not None]
     return max(sizes, default=0) <= EXACT[dtype]
+
+
+def _settled(
+    begun: Mapping[Node, Bounds | None], states: Mapping[Node, Node], dtype: torch.dtype
+) -> _Known | None:
+    """Bounds within which all states stay, whatever their steps combine, if a few steps show any:
+    those of an automaton's cells."""
+    held = {head: begun[head] for head in states}
+    for _ in range(ROUNDS):
+        known = _Known({**begun, **held}, dtype, inside=True)
+        wider = {head: _hull([held[head], known.of(node)]) for head, node in states.items()}
+        if None in wider.values():
+            return None
+        if wider == held:
+            return known
+        held = wider
+    return None
 
 
 class _Known:
@@ -119,7 +136,10 @@ class _Known:
             raise no_rule(node.target)
         if rule is None or set(node.kwargs) - {"dtype", "device", "layout", "pin_memory"}:
             return None
-        return rule(node, [self.of(a, depth + 1) for a in node.args])
+        operands = [self.of(a, depth + 1) for a in node.args]
+        if name == "clamp" and not self.inside:  # by integers, whatever they are
+            operands[0] = operands[0] or ROUNDED
+        return rule(node, operands)
 
     def _item(self, node: Node) -> Bounds | None:
         """Those of what the steps of a scan return, whatever they are given, or of the places
@@ -174,7 +194,7 @@ Operands = list[Bounds | None]
 Rule = Callable[[Node, Operands], Bounds | None]
 
 
-def _either(node: Node, operands: Operands) -> Bounds | None:
+def _hull(operands: Operands) -> Bounds | None:
     if any(b is None for b in operands):
         return None
     fixed = [b.fixed for b in operands if b and b.fixed]
@@ -183,8 +203,12 @@ def _either(node: Node, operands: Operands) -> Bounds | None:
                   max(beyond, default=None))
 
 
+def _either(node: Node, operands: Operands) -> Bounds | None:
+    return _hull(operands)
+
+
 def _chosen(node: Node, operands: Operands) -> Bounds | None:
-    return _either(node, operands[1:])
+    return _hull(operands[1:])
 
 
 def _first(node: Node, operands: Operands) -> Bounds | None:
@@ -192,7 +216,7 @@ def _first(node: Node, operands: Operands) -> Bounds | None:
 
 
 def _filled(node: Node, operands: Operands) -> Bounds | None:
-    return _either(node, [operands[0], operands[2]])
+    return _hull([operands[0], operands[2]])
 
 
 def _sum(node: Node, operands: Operands) -> Bounds | None:
@@ -235,7 +259,7 @@ def _clamped(node: Node, operands: Operands) -> Bounds | None:
     a, low, high = (*operands, None, None)[:3]
     if a and low and high and low.fixed and high.fixed and low.beyond is None is high.beyond:
         return Bounds((min(low.fixed[0], high.fixed[0]), high.fixed[1]))
-    return _either(node, [b for b, arg in zip(operands, node.args, strict=True) if arg is not None])
+    return _hull([b for b, arg in zip(operands, node.args, strict=True) if arg is not None])
 
 
 def _of_positive(rule: Callable[[Bounds, Bounds], Bounds]) -> Rule:

@@ -84,7 +84,9 @@ def test_no_integer_is_larger_than_it_may_be(one: str, two: str, start: int, see
 
 @pytest.mark.parametrize(("step", "start", "expected"), [
     (lambda n, k, x: (n + 1, k.clamp(-3, 3)), 0, True), (lambda n, k, x: (n + k, k), 1, False),
-    (lambda n, k, x: (n * 2, k), 0, False), (lambda n, k, x: (n + 2, k), 0, False),
+    (lambda n, k, x: (n * 2, k), 1, False), (lambda n, k, x: (n * 2, k), 0, True),
+    (lambda n, k, x: (((n + k) == 1).long(), ((n + k) > 1).long()), 1, True),
+  (lambda n, k, x: (n + 2, k), 0, False),
     (lambda n, k, x: ((n + 50) % 7, k), 0, True), (lambda n, k, x: ((n + 70) % 7, k), 0, False),
     (lambda n, k, x: (n, (x * 9).long() + 1), 0, False), (lambda n, k, x: (n, n), 61, False),
     (lambda n, k, x: (n, torch.where(x > 0, k, 3)), 60, True),

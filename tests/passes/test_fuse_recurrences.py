@@ -615,8 +615,26 @@ def kept_at_random(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def chosen_at_random(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        h = nn.functional.gumbel_softmax(m.a(h) + x[:, t], tau=0.7, hard=True)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def written_over(m: Any, x: Tensor) -> Tensor:
+    h, outputs = x[:, 0], []
+    for t in range(x.shape[1]):
+        noise = torch.empty_like(h).normal_(0.5, 2) + torch.empty(3, 4).uniform_(-1, 1)
+        noise += h.new_empty(h.shape).log_normal_() + torch.empty_like(h).cauchy_().tanh()
+        h = torch.tanh(m.a(h) + x[:, t] + 0.1 * noise + 0.1 * h.detach().clone().geometric_(0.5))
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 @pytest.mark.parametrize("forward", [scheduled, sampled, scaled_before, advantages, noisy, dropped,
-                                     kept_at_random])
+                                     kept_at_random, chosen_at_random, written_over])
 def test_numbers_of_each_step(forward: Forward) -> None:
     """Random ones are drawn before, in their order."""
     model, x = Model(forward), torch.randn(3, STEPS, 4)

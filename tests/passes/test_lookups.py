@@ -224,6 +224,22 @@ def test_integers_that_only_come_from_outside_have_no_bounds() -> None:
     assert "its integers may be too large for floating numbers" in reasons
 
 
+def test_integers_that_are_clamped_before_the_loop_are_small(equal: Any) -> None:
+    class Life(nn.Module):
+        def forward(self, cells: Tensor) -> Tensor:
+            cells, seen = cells.clamp(0, 1), []
+            for _ in range(8):
+                cells = ((cells.roll(1, -1) + cells.roll(-1, -1)) == 1).to(cells.dtype)
+                seen.append(cells)
+            return torch.stack(seen, 1)
+
+    model, cells = Life(), torch.randint(0, 2, (3, 7))
+    fast = equal(model, (cells,))
+    assert "fused_scan" in fast.code
+    cells[0] = torch.tensor([2**40, -(2**40), 0, 1, 2, 3, 4])
+    assert_close(fast(cells), model(cells))
+
+
 STEP = """
 def step(n, h, x, table):
     place = torch.ops.aten._to_copy.default(n, dtype=torch.int64)
