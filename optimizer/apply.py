@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .builder import Builder
 from .contract import ContractError
-from .equal import merge_equal
+from .equal import merge_equal, merge_last_states
 from .facts import SUPERSEDED, source_line, value
 from .normal_form import propagate, remove_dead, simplify, sink_reads
 from .rewrite import Rewrite
@@ -71,6 +71,7 @@ def tidy(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     """Back to normal form, without what is unused or computed twice, every fake result true."""
     simplify(graph_module, mode)
     remove_dead(graph_module)
+    merge_last_states(graph_module, mode)
     merge_equal(graph_module)
     sink_reads(graph_module)
     propagate(graph_module, mode)

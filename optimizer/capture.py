@@ -328,6 +328,8 @@ def _explained(error: Exception) -> CaptureError:
             "torch.distributions checks the values that it is given, which has no place in a "
             "graph; call `torch.distributions.Distribution.set_default_validate_args(False)`",
             frames)
+    if ".numpy() is not supported" in str(error):
+        names.append(known[0][0])
     for name, reason in known:
         if name in names:
             return CaptureError(reason, frames)

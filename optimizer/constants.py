@@ -41,6 +41,7 @@ UNSEEN = {  # by the tracer, which would go on as if nothing had been asked
     DATA.__set__: "assigns to the `.data` of a tensor",
 }
 FILLING = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}  # where the number is
+ARRAYS = (Tensor.numpy, Tensor.__array__)
 CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
@@ -76,21 +77,38 @@ class ConstantAnswers(TorchFunctionMode):
             args, kwargs = _by_masks(args, kwargs, CHOOSING[func])
         try:
             return func(*args, **kwargs)
-        except (*UNANSWERABLE, TypeError) as error:
-            if isinstance(error, TypeError) and func not in FILLING:
+        except (*UNANSWERABLE, TypeError, RuntimeError) as error:
+            if not isinstance(error, UNANSWERABLE) and func not in (*FILLING, *ARRAYS):
                 raise
             try:
-                leaves, spec = pytree.tree_flatten((args, kwargs))
-                nodes = self._nodes(leaves)
-                # a thread of its own has none of the trace's modes
-                with ThreadPoolExecutor(1) as apart:
-                    answer = apart.submit(self._answer, func, leaves, spec, nodes).result()
+                answer = self._told(func, args, kwargs)
                 return pytree.tree_map_only(Tensor, aten.lift_fresh_copy.default, answer)
             except Unknown:
-                filled = _filled(func, args, kwargs)
-                if filled is None:
+                made = _filled(func, args, kwargs)
+                if func is Tensor.__getitem__:
+                    made = self._picked(args[0], args[1])
+                if made is None:
                     raise error from None
-                return filled
+                return made
+
+    def _picked(self, tensor: Tensor, index: Any) -> Tensor | None:
+        """`tensor[:, i]` by an integer without axes, as a number if its value is known, else as an
+        index of one."""
+        before, i = (index[:-1], index[-1]) if isinstance(index, tuple) else ((), index)
+        if not isinstance(i, Tensor) or i.dim() or i.dtype not in (torch.int64, torch.int32) \
+                or not all(isinstance(part, slice) for part in before):
+            return None
+        try:
+            return tensor[(*before, self._told(Tensor.item, (i,), {}))]
+        except Unknown:
+            return tensor[(*before, i.reshape(1))].squeeze(len(before))
+
+    def _told(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A function's result, if its arguments are known."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        nodes = self._nodes(leaves)
+        with ThreadPoolExecutor(1) as apart:  # which has none of the trace's modes
+            return apart.submit(self._answer, func, leaves, spec, nodes).result()
 
     def _nodes(self, leaves: Sequence[Any]) -> dict[int, Node]:
         """The nodes that the traced tensors among `leaves` stand for, by their places."""

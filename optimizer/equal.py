@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,8 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .builder import Builder, placeholders
-from .facts import is_kernel, is_pure, is_view, outside_regions, source_line
+from .builder import Builder, output_node, placeholders
+from .facts import (
+    aten,
+    body_of,
+    is_kernel,
+    is_op,
+    is_pure,
+    is_scan,
+    is_view,
+    outside_regions,
+    source_line,
+    trips,
+)
 
 SMALL = 1 << 12  # elements of constant tensors that are compared
 
@@ -53,6 +65,25 @@ def merge_equal(graph_module: GraphModule, fewest: int = 2) -> None:
             behind = place[anchor][0]
             ends.setdefault(behind, anchor).append(node)
             ends[behind], place[node] = node, (behind, number)
+
+
+def merge_last_states(graph_module: GraphModule, mode: FakeTensorMode) -> None:
+    """The last of a state's stacked values → the final carry, where the stack is read as a whole:
+    who keeps the state keeps no other step."""
+    for scan in filter(is_scan, list(graph_module.graph.nodes)):
+        held = len(cast(list[Node], scan.args[1]))
+        results = cast(tuple[Node, ...], output_node(body_of(scan)).args[0])
+        for stack in list(scan.users):
+            shown, users = results[cast(int, stack.args[1])], list(stack.users)
+            if cast(int, stack.args[1]) < held or shown not in results[:held] \
+                    or all(is_op(user, aten.select.int) for user in users):
+                continue
+            for last in [u for u in users if is_op(u, aten.select.int)
+                         and u.args[1:] == (0, trips(scan) - 1)]:
+                build = Builder(graph_module, stack, mode, dict(last.meta))
+                last.replace_all_uses_with(
+                    build.call(operator.getitem, scan, results.index(shown)))
+                graph_module.graph.erase_node(last)
 
 
 def merge_kernels(graph_module: GraphModule, mode: FakeTensorMode) -> None:

@@ -68,6 +68,12 @@ class Comparison:
         """
         return self[name].ratio if self.noise <= BUSY else self[name].best
 
+    def measured_in(self, name: str) -> str:
+        """Where the gain is not the median, which a table shows: " in the fastest rounds …"."""
+        if self.noise <= BUSY:
+            return ""
+        return f" in the fastest rounds of a busy machine (median {self[name].ratio:.2f}x)"
+
 
 class _Timer(Timer):
     """torch's timer, warmed up once and not before every measurement: calls may take seconds."""

@@ -214,7 +214,8 @@ class OptimizedModule(nn.Module):
             failure = str(error)
         except Exception as error:
             log.exception("looplift failed on %s; the original runs", type(self.original).__name__)
-            failure = f"internal error, {type(error).__name__}: {error}"
+            first = str(error).partition("\n")[0]  # a graph may follow
+            failure = f"internal error, {type(error).__name__}: {first}"
         if failure is None and not done:
             return True  # its program was known
         seconds = time.perf_counter() - start - sum(mode.seconds for mode in done)

@@ -282,22 +282,23 @@ class _Selecting:
 
         The greatest loser goes first: without it, others may be worth what they cost.
         """
-        bundles = self._bundles(outcome)
-        dropped = False
+        bundles, first = self._bundles(outcome), (outcome, verdict)
+        excluded, declined = self.excluded, len(self.declined)
         while bundles and (losers := self._losers(outcome, bundles)):
             worst = max(losers, key=losers.__getitem__)
             reason = f"loses: the model is {losers[worst]:.2f}x faster without it"
             self._decline(bundles[worst], reason)
             self.excluded |= set(bundles[worst])
-            outcome, dropped = self._rewrite(), True
+            outcome = self._rewrite()
             bundles = {n: [g for g in bundles[n] if g in outcome.groups]
                        for n in losers if n != worst}
             bundles = {name: groups for name, groups in bundles.items() if groups}
-        if dropped:
-            verdict = self._verify(outcome) if outcome.applied else verdict
-            if isinstance(verdict, Differs):
-                self._decline(outcome.groups, str(verdict))
-                return Outcome(outcome.graph_module), verdict, None
+        if outcome is not first[0] and outcome.applied:
+            verdict = self._verify(outcome)
+            if isinstance(verdict, Differs):  # what was equal together is taken together
+                outcome, verdict = first
+                self.excluded = excluded
+                del self.declined[declined:]
         return self._within_budget(outcome, verdict)
 
     def _losers(self, outcome: Outcome, bundles: dict[str, list[Group]]) -> dict[str, float]:
@@ -348,7 +349,8 @@ class _Selecting:
         )
         gain = comparison.gain("looplift")
         if gain < 1 + max(min(comparison.noise, BUSY), GAIN):
-            reason = f"no gain: {gain:.2f}x naive in the whole model, all rewrites together"
+            reason = f"no gain: {gain:.2f}x naive in the whole model, all rewrites together" \
+                + comparison.measured_in("looplift")
             self._decline(outcome.groups, reason)
             outcome = Outcome(outcome.graph_module)
         return outcome, verdict, comparison

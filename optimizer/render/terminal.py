@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ..measure import BUSY, Comparison
+from ..measure import Comparison
 from ..report import ModeReport, Report, SignatureReport
 from ..verdict import Equal
 
@@ -72,10 +72,7 @@ def headline(mode: ModeReport) -> Text:
     text = Text()
     if mode.comparison is not None:
         text.append(f"{mode.comparison.gain('looplift'):.2f}x as fast as naive", "bold green")
-        if mode.comparison.noise > BUSY:
-            median = mode.comparison["looplift"].ratio
-            text.append(f" in the fastest rounds of a busy machine (median {median:.2f}x)")
-        text.append(", ")
+        text.append(mode.comparison.measured_in("looplift") + ", ")
     before, after = mode.nodes
     text.append(f"{before} → {after} nodes; {mode.verdict}; in {mode.seconds:.1f} s")
     return text

@@ -8,10 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import looplift
+import numpy as np
 import pytest
 import torch
 from looplift import Equal, OptimizedModule, apply_passes, verify
 from looplift.optimizer.capture import capture
+from looplift.optimizer.refused import CaptureError
 from looplift.optimizer.rewritten import Rewritten
 from torch import Tensor, nn
 from torch.nn import functional
@@ -1203,3 +1205,56 @@ def test_a_batch_norm_lies_in_memory_as_it_does_when_it_runs(x: Tensor, train: b
     model = kinds[x.dim()](4).train(train)
     [seen, *_] = capture(model, (x,)).seen
     assert seen.strides == model(x).stride()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_table_is_read_at_places_that_are_tensors(held: bool) -> None:
+    """`table[t]` asks for the value of t, which is known, or need not be."""
+    class Sampler(nn.Module):
+        table: Tensor
+        wide: Tensor
+        times: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.rand(100))
+            self.register_buffer("wide", torch.rand(3, 100))
+            self.register_buffer("times", torch.arange(95, -1, -8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for t in self.times if held else torch.arange(95, -1, -8):
+                x = torch.sin(x) * self.table[t].sqrt() + self.wide[:, t - 9]
+            return x
+
+    model, x = Sampler(), torch.randn(2, 3)
+    fast = looplift.apply_passes(model, (x,), measure=False)
+    assert not [c for c in fast.report.to_dict()["captures"] if c["failure"]]
+    assert fast.report.to_dict()["rewrites"]
+    torch.testing.assert_close(fast(x), model(x))
+    model.times -= 1  # the last one is -1, from the end
+    torch.testing.assert_close(fast(x), model(x))
+    model.times += 50
+    for run in (fast, model) if held else ():
+        with pytest.raises(IndexError, match="out of bounds"):
+            run(x)
+
+
+class Arrays(nn.Module):
+    """One that goes through NumPy, with numbers of its own or with what it is given."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.arange(6.0) if self.own else x.detach()
+        return x + float(np.sqrt(numbers.numpy()).sum()) + float(np.asarray(numbers)[1])
+
+
+def test_arrays_of_known_numbers() -> None:
+    x = torch.rand(5)
+    fast = looplift.apply_passes(Arrays(own=True), (x,), measure=False)
+    assert not [c for c in fast.report.to_dict()["captures"] if c["failure"]]
+    assert_close(fast(x), fast.original(x))
+    with pytest.raises(CaptureError, match="asks for the value of a tensor"):
+        capture(Arrays(own=False), (x,))

@@ -195,6 +195,26 @@ def test_the_greatest_loser_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         == ["batch-timesteps"]
 
 
+@dataclass(frozen=True)
+class Back:
+    """Replaces `exp2` by `exp`."""
+
+    name: ClassVar[str] = "back"
+
+    def propose(self, facts: Facts) -> Iterable[Rewrite | Skip]:
+        for node in facts.operations:
+            if is_op(node, aten.exp2.default):
+                yield Rewrite(self.name, "exp2 → exp", source_line(node), node, (node,),
+                              lambda b, node=node: [same(b, node)])  # type: ignore[misc]
+
+
+def test_what_is_only_right_together_is_kept_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "interleaved", timed({"looplift": 2.0, "back": 1.5}))
+    told = optimized(Change(wrong), Back())
+    assert {"change", "back"} <= {r["pass_name"] for r in told["rewrites"]}
+    assert not [d for d in told["declined"] if "differs" in d["reason"]]
+
+
 def test_what_each_call_looks_at_counts_as_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     counted: dict[str, int] = {}

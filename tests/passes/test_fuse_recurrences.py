@@ -844,3 +844,21 @@ def normalized(m: Any, x: Tensor) -> Tensor:
 
 def test_a_batch_norm_over_what_a_loop_shows() -> None:
     test_fires_with_the_same_values_and_gradients(normalized)
+
+
+@pytest.mark.parametrize("without", ["", "fuse-recurrences"])
+def test_a_last_state_does_not_hold_all_steps(without: str) -> None:
+    """Who keeps it from call to call would keep the history too."""
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = x[:, 0], []
+        for t in range(x.shape[1]):
+            h = torch.tanh(m.a(h) + x[:, t])
+            outputs.append(h)
+        return torch.stack(outputs, 1), h
+
+    model, x = Model(forward), torch.randn(3, STEPS, 4)
+    passes = [p for p in ORDER if p.name != without]
+    fast = looplift.apply_passes(model, (x,), measure=False, passes=passes)
+    assert "one permute" in str(fast.report)
+    assert_close(fast(x), model(x))
+    assert fast(x)[1].untyped_storage().nbytes() == 3 * 4 * 4
