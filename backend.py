@@ -66,7 +66,8 @@ def _rewritten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Grap
             mode = FakeTensorMode(shape_env=ShapeEnv())
             inputs = [_at_present(held, mode) for held in inputs]
         captured = capture(graph_module, inputs, fake_mode=mode)
-        if captured.written or captured.state or has_symbolic_sizes(captured.graph_module):
+        if captured.written or captured.state or captured.asked \
+                or has_symbolic_sizes(captured.graph_module):
             log.debug("looplift leaves a graph that writes to its inputs, holds tensors, or has "
                       "sizes that depend on data, which its rewrites cannot be checked for")
             return graph_module

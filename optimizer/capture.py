@@ -82,6 +82,7 @@ class Capture:
     size: int  # operations that were traced
     asks_for_gradients: bool = False  # whether forward read a `requires_grad`
     lost: CaptureError | None = None  # a gradient that only the model has
+    asked: tuple[Tensor, ...] = ()  # what the model holds, and forward asked the values of
     rolled: bool = False  # whether the loops in the graph are folded already
     begun: dict[Any, Any] = field(default_factory=dict, compare=False)  # the pipeline's own
 
@@ -143,7 +144,7 @@ def capture(
     return Capture(
         graph_module, state, places, trace.output_spec, trace.outputs, trace.assigned,
         trace.written, trace.same_as, trace.constants, seen, mode, len(graph_module.graph.nodes),
-        trace.asks_for_gradients, lost,
+        trace.asks_for_gradients, lost, trace.asked,
     )
 
 
@@ -174,6 +175,7 @@ class _Trace:
         self.same_as: dict[int, int] = {}
         self.constants: dict[int, Any] = {}
         self.asks_for_gradients = False
+        self.asked: tuple[Tensor, ...] = ()
         self.mode = Functional()
 
     def functional(self, *fakes: Tensor) -> list[Any]:
@@ -197,11 +199,13 @@ class _Trace:
             leaves[place] = leaf
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         given = pytree.tree_leaves((args, kwargs))
+        known = [None if s.changes else s.get() for s in self.state]
         with swapped(self.model, tensors) as before:
-            with ConstantAnswers() as answers:
+            with ConstantAnswers(known) as answers:
                 result = self.model(*args, **kwargs)
             changes = before.changes()
         self.asks_for_gradients = answers.asks_for_gradients
+        self.asked = tuple(answers.asked.values())
         left = pytree.tree_leaves((args, kwargs))
         if len(left) != len(given) or any(a is not b for a, b in zip(left, given, strict=True)):
             raise CaptureError(f"forward changes a list or table among its arguments, {EFFECT}")
@@ -283,9 +287,12 @@ def _fakes(mode: FakeTensorMode, leaves: Sequence[Any]) -> list[Any]:
 def _refuse_writes(trace: _Trace) -> None:
     """Writes that a graph could not repeat faithfully."""
     held = len(trace.state)
-    for place in trace.written:
-        if place < held and trace.state[place].get().requires_grad:
+    for place in (place for place in trace.written if place < held):
+        if trace.state[place].get().requires_grad:
             raise CaptureError(f"forward writes to the parameter {trace.state[place].name!r}")
+        if any(t is trace.state[place].get() for t in trace.asked):
+            raise CaptureError(f"forward asks for the value of {trace.state[place].name!r}, which "
+                               "it writes to")
     tensors = [*(s.get() for s in trace.state), *trace.inputs]
     storages = [storage(t) if isinstance(t, Tensor) and t.layout is torch.strided else None
                 for t in tensors]

@@ -6,9 +6,10 @@ counter have the same answer at every call with inputs of these sizes.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -42,7 +43,11 @@ UNSEEN = {  # by the tracer, which would go on as if nothing had been asked
 }
 FILLING = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}  # where the number is
 ARRAYS = (Tensor.numpy, Tensor.__array__)
+ASKING = (*ARRAYS, Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__,
+          Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.equal, torch.equal,
+          Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero)
 CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
+LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -52,10 +57,13 @@ class Unknown(Exception):
 
 
 class ConstantAnswers(TorchFunctionMode):
-    """Under a trace: what fails for want of values is computed from those of constants."""
+    """Under a trace: what fails for want of values is computed from those of constants, and of the
+    integers and masks that the model holds, `state` among them; those are `asked`."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: Sequence[Tensor | None] = ()) -> None:
         super().__init__()
+        self.state = state
+        self.asked: dict[int, Tensor] = {}  # by their ids
         self.known: dict[Node, Any] = {}
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
         self.asks_for_gradients = False
@@ -73,6 +81,8 @@ class ConstantAnswers(TorchFunctionMode):
                                        user_frames(traceback.extract_stack()))
         if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
+        asked = pytree.tree_leaves(args) if func in ASKING or func in FILLING else _integers(args)
+        self._note(t for t in asked if type(t) is Tensor)  # of objects of the model: no inputs
         if func in CHOOSING:
             args, kwargs = _by_masks(args, kwargs, CHOOSING[func])
         try:
@@ -80,30 +90,43 @@ class ConstantAnswers(TorchFunctionMode):
         except (*UNANSWERABLE, TypeError, RuntimeError) as error:
             if not isinstance(error, UNANSWERABLE) and func not in (*FILLING, *ARRAYS):
                 raise
-            try:
-                answer = self._told(func, args, kwargs)
-                return pytree.tree_map_only(Tensor, aten.lift_fresh_copy.default, answer)
-            except Unknown:
-                made = _filled(func, args, kwargs)
-                if func is Tensor.__getitem__:
-                    made = self._picked(args[0], args[1])
-                if made is None:
-                    raise error from None
-                return made
+            args, kwargs = self._by_numbers(func, args, kwargs)
+            for answer in (_called, self._told, self._otherwise):
+                with contextlib.suppress(Unknown):
+                    return answer(func, args, kwargs)
+            raise error from None
 
-    def _picked(self, tensor: Tensor, index: Any) -> Tensor | None:
-        """`tensor[:, i]` by an integer without axes, as a number if its value is known, else as an
-        index of one."""
-        before, i = (index[:-1], index[-1]) if isinstance(index, tuple) else ((), index)
-        if not isinstance(i, Tensor) or i.dim() or i.dtype not in (torch.int64, torch.int32) \
-                or not all(isinstance(part, slice) for part in before):
-            return None
+    def _by_numbers(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Both, with numbers for the integers whose values are known: a size, an index."""
+        given = args, kwargs
+        return given if func in ASKING else pytree.tree_map(self._number, given)
+
+    def _number(self, leaf: Any) -> Any:
+        if isinstance(leaf, slice):
+            parts = leaf.start, leaf.stop, leaf.step
+            numbers = list(map(self._number, parts))
+            return leaf if all(map(operator.is_, parts, numbers)) else slice(*numbers)
         try:
-            return tensor[(*before, self._told(Tensor.item, (i,), {}))]
+            return self._value(Tensor.item, (leaf,), {}) if _is_integer(leaf) else leaf
         except Unknown:
-            return tensor[(*before, i.reshape(1))].squeeze(len(before))
+            return leaf
 
-    def _told(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _told(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of what is known, as constants of the trace."""
+        answer = self._value(func, args, kwargs)
+        return pytree.tree_map_only(Tensor, aten.lift_fresh_copy.default, answer)
+
+    def _otherwise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What needs no value: a tensor filled with one, or `tensor[:, i]` by one."""
+        made = _picked(*args) if func is Tensor.__getitem__ else _filled(func, args, kwargs)
+        if made is None:
+            raise Unknown
+        return made
+
+    def _note(self, tensors: Iterable[Tensor]) -> None:
+        self.asked |= {id(t): t for t in tensors}
+
+    def _value(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """A function's result, if its arguments are known."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         nodes = self._nodes(leaves)
@@ -118,10 +141,12 @@ class ConstantAnswers(TorchFunctionMode):
         self.root = mode.tracer.root
         found = {}
         for place, leaf in enumerate(leaves):
-            if isinstance(leaf, FunctionalTensor):
+            if isinstance(leaf, (FunctionalTensor, FakeTensor)):
                 if (node := node_of(leaf)) is None:
                     raise Unknown
                 found[place] = node
+            elif type(leaf) is Tensor and not leaf.requires_grad:
+                self._note([leaf])
             elif isinstance(leaf, Tensor):
                 raise Unknown
         return found
@@ -154,7 +179,17 @@ class ConstantAnswers(TorchFunctionMode):
         if node.op == "get_attr":
             held = getattr(self.root, str(node.target))
             if type(held) is Tensor and not held.requires_grad:
+                if not any(user.target in LIFTED for user in node.users):  # forward made it
+                    self._note([held])
                 return held
+        if node.op == "placeholder":
+            place = node.graph.find_nodes(op="placeholder").index(node)
+            held = self.state[place] if place < len(self.state) else None
+            if held is None or held.is_floating_point() or held.is_complex() \
+                    or held.numel() > LARGEST_CONSTANT:
+                raise Unknown
+            self._note([held])
+            return held
         is_known = isinstance(node.target, torch._ops.OpOverload) and is_pure(node)
         if "empty" in str(node.target) or not (is_known or node.target is operator.getitem):
             raise Unknown
@@ -170,6 +205,37 @@ class ConstantAnswers(TorchFunctionMode):
         ]:
             raise Unknown
         return made
+
+
+def _called(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except (*UNANSWERABLE, TypeError, RuntimeError) as error:
+        raise Unknown from error
+
+
+def _is_integer(leaf: Any) -> bool:
+    """Whether it is a tensor of one integer without axes."""
+    return isinstance(leaf, Tensor) and not leaf.dim() and leaf.dtype in (torch.int64, torch.int32)
+
+
+def _integers(args: Sequence[Any]) -> Iterator[Tensor]:
+    """Such tensors among arguments, in lists and slices too: sizes, places."""
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            yield from _integers(arg)
+        elif isinstance(arg, slice):
+            yield from _integers((arg.start, arg.stop, arg.step))
+        elif _is_integer(arg):
+            yield arg
+
+
+def _picked(tensor: Tensor, index: Any) -> Tensor | None:
+    """`tensor[:, i]` by an integer without axes, as an index of one."""
+    *before, i = index if isinstance(index, tuple) else (index,)
+    if not _is_integer(i) or not all(isinstance(part, slice) for part in before):
+        return None
+    return tensor[(*before, i.reshape(1))].squeeze(len(before))
 
 
 def _filled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:

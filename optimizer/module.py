@@ -355,6 +355,8 @@ class OptimizedModule(nn.Module):
 
     def _note(self, captured: Capture) -> Capture:
         vars(self)["asks_for_gradients"] |= captured.asks_for_gradients
+        if captured.asked:
+            self.watched.ask(captured.asked)
         return captured
 
     def _warn_once(self) -> None:

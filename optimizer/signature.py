@@ -13,7 +13,7 @@ import functools
 import math
 import operator
 import types
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
@@ -96,13 +96,26 @@ class Watched:
         self.versions: dict[Hashable, int] = {}
         self.current = -1
         self.glimpse: Glimpse | None = None
+        self.names: set[str] = set()  # of tensors of the model whose values forward asked for
+        self.others: dict[int, Tensor] = {}  # such tensors that hang on its objects, by their ids
+
+    def ask(self, tensors: Iterable[Tensor]) -> None:
+        """Look at the values of more tensors."""
+        own = {id(held.get()): held.name for held in model_state(self.model)}
+        self.names |= {own[id(t)] for t in tensors if id(t) in own}
+        self.others |= {id(t): t for t in tensors if id(t) not in own}
+        self.glimpse = None
+
+    def _asked(self) -> list[Tensor]:
+        own = [held.get() for held in model_state(self.model) if held.name in self.names]
+        return [*own, *self.others.values()]
 
     def version(self) -> int:
         """A number that stands for the shapes, dtypes, ties and settings of the model as it is."""
         if self.glimpse is None or not self.glimpse.still_true():
             key = self._key()
             self.current = self.versions.setdefault(key, len(self.versions))
-            self.glimpse = glimpse(self.members)
+            self.glimpse = glimpse(self.members, self._asked())
         return self.current
 
     def _key(self) -> Hashable:
@@ -118,7 +131,7 @@ class Watched:
         of_classes = tuple((kind, name, _setting(vars(kind)[name]))
                            for kind, name in _class_settings(members))
         return (self.generation, tuple(state), _ties(members), settings, of_classes,
-                has_global_hooks())
+                has_global_hooks(), *(repr(t.tolist()) for t in self._asked()))
 
 
 class Glimpse:
@@ -129,7 +142,7 @@ class Glimpse:
     device. What forward assigns is another tensor after each call, of the same kind.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], asked: Sequence[Tensor]) -> None:
         self.tables: list[Any] = []
         self.places: list[tuple[Any, Any]] = []
         self.sets: list[tuple[set[Any], set[Any]]] = []
@@ -158,6 +171,7 @@ class Glimpse:
         self.sizes = list(map(Tensor.size, self.tensors))
         self.pointers = list(map(Tensor.data_ptr, self.tensors))
         self.wanted = list(map(REQUIRES_GRAD, self.tensors))
+        self.asked = [(t, t.clone()) for t in asked]
 
     def _read(self) -> list[Any]:
         return list(starmap(operator.getitem, self.places))
@@ -176,6 +190,7 @@ class Glimpse:
                 and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
                 and list(map(REQUIRES_GRAD, self.tensors)) == self.wanted
                 and all(starmap(operator.eq, self.sets))
+                and all(starmap(torch.equal, self.asked))
                 and all(read() == was for read, was in self.arrays)
                 and has_global_hooks() == self.hooks
             )
@@ -183,10 +198,11 @@ class Glimpse:
             return False
 
 
-def glimpse(members: Sequence[nn.Module]) -> Glimpse | None:
-    """A glimpse of `members`; None if one of their tensors has no place in memory (sparse)."""
+def glimpse(members: Sequence[nn.Module], asked: Sequence[Tensor]) -> Glimpse | None:
+    """A glimpse of `members` and the values `asked` for; None if one of their tensors has no place
+    in memory (sparse)."""
     try:
-        return Glimpse(members)
+        return Glimpse(members, asked)
     except RuntimeError:
         return None
 

@@ -47,6 +47,11 @@ class State:
         holder, name = self.place()
         return cast(Tensor, pytree.key_get(holder[name], self.path))
 
+    @property
+    def changes(self) -> bool:
+        """Whether it is trained, or forward was seen to assign it."""
+        return isinstance(self.get(), nn.Parameter) or self.attribute in assigned_by(self.owner)
+
     def place(self) -> tuple[dict[str, Any], str]:
         """The dictionary that holds the attribute, and its name there."""
         for held in (self.owner._parameters, self.owner._buffers, vars(self.owner)):

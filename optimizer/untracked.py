@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
@@ -65,13 +66,18 @@ class Functional(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         return next((at for node, at in reversed(written.items()) if node in has), None)
 
 
-def node_of(tensor: FunctionalTensor) -> Node | None:
-    """The node of the graph being traced that a tensor stands for, if it is of the graph."""
+def node_of(tensor: FunctionalTensor | FakeTensor) -> Node | None:
+    """The node of the graph being traced that a tensor stands for, if it is of the graph.
+
+    A fake one is what an operation makes of tensors that the trace was not given.
+    """
     mode = get_proxy_mode()
     if mode is None or not isinstance(mode.tracer, PythonKeyTracer):
         return None
-    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
-    plain = torch._from_functional_tensor(tensor.elem)
+    plain: Tensor = tensor
+    if isinstance(tensor, FunctionalTensor):
+        torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+        plain = torch._from_functional_tensor(tensor.elem)
     proxy = get_proxy_slot(plain, mode.tracer, None)
     return None if proxy is None else proxy.proxy.node
 

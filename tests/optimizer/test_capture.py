@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import looplift
@@ -1258,3 +1259,63 @@ def test_arrays_of_known_numbers() -> None:
     assert_close(fast(x), fast.original(x))
     with pytest.raises(CaptureError, match="asks for the value of a tensor"):
         capture(Arrays(own=False), (x,))
+
+
+class Counted(nn.Module):
+    """As many steps as a tensor that it holds says, from a place that another tells."""
+
+    steps: Tensor
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(6))
+        self.places = torch.tensor([2, 0])
+        self.settings = SimpleNamespace(
+            scale=torch.tensor(2), table=torch.rand(3), times=torch.arange(5), size=torch.tensor(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(self.steps)):
+            x = torch.tanh(x * int(self.settings.scale) + self.settings.table[self.places[0]])
+        for t in self.settings.times:
+            x = x + 1 if t - 3 >= 0 else x * 2
+        x = x + torch.full((2, self.settings.size), torch.as_tensor(0.5))  # type: ignore[call-overload]
+        return x if self.places[1] > 0 else x[:, : self.places[0]]
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.steps.add_(3), lambda m: m.settings.scale.mul_(2), lambda m: m.places.add_(-1),
+    lambda m: setattr(m, "places", torch.tensor([1, 5])),
+    lambda m: setattr(m.settings, "scale", torch.tensor(3)),
+    lambda m: m.load_state_dict({"steps": torch.tensor(4)}),
+    lambda m: m.load_state_dict({"steps": torch.tensor(4)}, assign=True),
+    lambda m: m.settings.table.mul_(2), lambda m: m.settings.times.add_(1),
+])
+def test_values_that_forward_asks_for_are_looked_at_in_every_call(
+    change: Callable[[Any], Any]
+) -> None:
+    model, x = Counted(), torch.randn(2, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert not [c for c in fast.report.to_dict()["captures"] if c["failure"]]
+    assert "scan" in fast.code
+    with torch.no_grad():
+        assert_close(fast(x), model(x))
+        change(model)
+        assert_close(fast(x), model(x))
+    assert len(fast.report.signatures) in (1, 2)
+
+
+def test_a_counter_that_forward_asks_for_and_changes_is_refused() -> None:
+    class Counting(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * int(self.calls)
+
+    with pytest.raises(CaptureError, match="asks for the value of 'calls', which it writes to"):
+        capture(Counting(), (torch.randn(3),))
