@@ -16,12 +16,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from .facts import aten, is_tensor, value
+from .pointwise import Unsupported
 
 MOST_ROWS = 1 << 12  # of a table, each of which a kernel reads in each step
+MOST_READ = 1 << 20  # elements that it reads for a lookup
 
 
 def _left(mask: Tensor, rows: Tensor, axes: list[int]) -> Tensor:
     """The sum over some axes of what a mask leaves."""
+    read = torch.broadcast_shapes(mask.shape, rows.shape).numel()  # type: ignore[no-untyped-call]
+    if read > MOST_READ:
+        raise Unsupported(f"for its lookups a kernel would read {read} elements in each step")
     if rows.is_floating_point():
         return torch.where(mask, rows, 0.0).sum(axes)
     return torch.where(mask, rows.to(torch.float32), 0.0).sum(axes).to(rows.dtype)
@@ -29,13 +34,15 @@ def _left(mask: Tensor, rows: Tensor, axes: list[int]) -> Tensor:
 
 def _is_row(index: Tensor, size: int) -> Tensor:
     """A mask [*index, size] of the row that each index tells, counted from the end below 0."""
+    if size > MOST_ROWS:
+        raise Unsupported(f"it looks up one of {size} rows, all of which a kernel would read")
     rows = torch.arange(size, dtype=torch.float32)
     index = index.unsqueeze(-1)
     return torch.where(index < 0, index + size, index) == rows
 
 
 def _gather(x: Tensor, axis: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if not x.dim() or x.shape[axis] > MOST_ROWS or sparse_grad:
+    if not x.dim() or sparse_grad:
         return NotImplemented
     for other, size in enumerate(index.shape):
         x = x if other == axis % x.dim() else x.narrow(other, 0, size)
@@ -56,8 +63,8 @@ def _mask(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor, int, int
         *(index for index in indices if index is not None))
     first, count = axes[0], len(axes)
     sizes = x.shape[first : first + count]
-    if axes != list(range(first, first + count)) or sizes.numel() > MOST_ROWS \
-            or any(index.dtype in (torch.bool, torch.uint8) for index in given):
+    if axes != list(range(first, first + count)) or any(
+            index.dtype in (torch.bool, torch.uint8) for index in given):
         return None
     after = [1] * (x.dim() - first - count)
     masks = [_is_row(index, size).reshape(
@@ -109,7 +116,7 @@ def _scattered(x: Tensor, axis: int, index: Tensor) -> Tensor | None:
     """A mask [*index, rows] of where elements go, None if that is not along a whole axis."""
     others = [size for k, size in enumerate(x.shape) if k != axis % max(x.dim(), 1)]
     same = others == [size for k, size in enumerate(index.shape) if k != axis % max(x.dim(), 1)]
-    if not x.dim() or not same or x.shape[axis] > MOST_ROWS or not x.is_floating_point():
+    if not x.dim() or not same or not x.is_floating_point():
         return None
     return _is_row(index, x.shape[axis])
 

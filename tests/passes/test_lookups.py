@@ -272,9 +272,14 @@ def test_a_step_that_does_not_tell_what_is_out_of_range_runs_in_a_loop() -> None
 
 
 def test_tables_of_many_rows_have_no_kernel() -> None:
-    x = torch.zeros(4, 2, 3)
-    with pytest.raises(Unsupported, match="embedding, which the kernel has no rule for"):
-        build_kernel(STEP, [x[0, :, 0], x[0]], [x], [torch.zeros(lookups.MOST_ROWS + 1, 3)])
+    def build(rows: int, width: int) -> None:
+        x = torch.zeros(4, 2, width)
+        build_kernel(STEP, [x[0, :, 0], x[0]], [x], [torch.zeros(rows, width)])
+
+    with pytest.raises(Unsupported, match="it looks up one of 4097 rows"):
+        build(lookups.MOST_ROWS + 1, 3)
+    with pytest.raises(Unsupported, match="a kernel would read 2000000 elements in each step"):
+        build(1000, 1000)
 
 
 @pytest.mark.parametrize("mask", ["torch.full([], True, dtype=torch.bool)",
