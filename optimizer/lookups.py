@@ -7,6 +7,7 @@ NaN beside its results then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, cast
@@ -19,7 +20,7 @@ from .facts import aten, is_tensor, value
 from .pointwise import Unsupported
 
 MOST_ROWS = 1 << 12  # of a table, each of which a kernel reads in each step
-MOST_READ = 1 << 20  # elements that it reads for a lookup
+MOST_READ = 1 << 22  # elements that it reads for a lookup
 
 
 def _left(mask: Tensor, rows: Tensor, axes: list[int]) -> Tensor:
@@ -170,15 +171,17 @@ SPELLED = ("aten.gather.", "aten.take_along_dim.", "aten.index.", "aten.index_pu
 
 def ranges(node: Node) -> Iterator[tuple[Node, int, int]]:
     """The indices of a lookup, and the least and the number of the rows that each may tell."""
+    if node.target not in RULES:
+        return
     args = cast(tuple[Any, ...], node.args)
+    sizes = tuple(value(args[0]).shape) or (1,)
     if node.target in (aten.index.Tensor, aten.index_put.default):
-        for axis, index in enumerate(args[1]):
-            if is_tensor(index):
-                size = value(args[0]).shape[axis]
-                yield index, -size, size
+        yield from ((index, -size, size) for index, size in zip(args[1], sizes, strict=False)
+                    if is_tensor(index))
     elif node.target is aten.embedding.default:
-        yield args[1], 0, value(args[0]).shape[0]
+        yield args[1], 0, sizes[0]
     elif node.target is aten.take_along_dim.default:
-        yield args[1], 0, value(args[0]).shape[args[2]]
-    elif node.target in RULES:
-        yield args[2], 0, value(args[0]).shape[args[1]]
+        axis = args[2] if len(args) > 2 else None
+        yield args[1], 0, math.prod(sizes) if axis is None else sizes[axis]
+    else:
+        yield args[2], 0, sizes[args[1]]
