@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 NUMBERED = (torch.bool, *INTEGERS)  # dtypes whose values a kernel holds as floating numbers
 PROMOTED = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
 BY_INTEGERS = (*LOOKUPS, aten.scatter.src, aten.scatter_reduce.two, aten.index_copy.default,
-               aten.index_fill.int_Tensor)
+               aten.index_fill.int_Tensor, aten.take_along_dim.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 

@@ -41,6 +41,11 @@ class Bounds:
         """The largest in size of those that no state counts for."""
         return max(map(abs, self.fixed)) if self.fixed else 0
 
+    def sizes(self, largest: float) -> list[float]:
+        """How large its integers are where states are no larger than `largest`."""
+        beyond = [] if self.beyond is None else [largest + self.beyond]
+        return [*beyond, self.size] if self.is_finite else beyond
+
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.size)
@@ -65,18 +70,17 @@ def fit(
     known = _settled(begun, states, dtype) or _Known(
         {**begun, **dict.fromkeys(states, STATE)}, dtype, inside=True)
     start, after = [begun[head] for head in states], [known.of(node) for node in states.values()]
-    found = [known.of(n) for n in body if is_tensor(n) and value(n).dtype in INTEGERS
-             and (n.op != "placeholder" or n.users)]
-    if None in (*start, *after, *found):
+    found = [(known.of(n), value(n).dtype) for n in body if is_tensor(n)
+             and value(n).dtype in INTEGERS and (n.op != "placeholder" or n.users)]
+    if None in (*start, *after, *(b for b, _ in found)):
         return False
     first, grown = [b for b in start if b], [b for b in after if b]
     largest = max((b.size for b in (*first, *grown)), default=0)
     largest += max(steps, STEPS) * max((b.beyond or 0 for b in grown), default=0)
     if not math.isfinite(largest):
         return False
-    sizes = [b.size for b in found if b and b.is_finite]
-    sizes += [largest + b.beyond for b in found if b and b.beyond is not None]
-    return max(sizes, default=0) <= EXACT[dtype]
+    return all(size <= min(EXACT[dtype], torch.iinfo(kind).max) for bounds, kind in found if bounds
+               for size in bounds.sizes(largest))
 
 
 def _settled(

@@ -7,7 +7,6 @@ NaN beside its results then.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, cast
@@ -136,15 +135,6 @@ def _scatter_value(x: Tensor, axis: int, index: Tensor, number: Any) -> Any:
     return torch.where(mask.any(axis % x.dim()).movedim(-1, axis), number, x)
 
 
-def _take_along(x: Tensor, index: Tensor, axis: int | None = None) -> Any:
-    if axis is None or x.dim() != index.dim():
-        return NotImplemented
-    sizes = [max(pair) for pair in zip(x.shape, index.shape, strict=True)]
-    axis %= x.dim()
-    return _gather(x.expand(*sizes[:axis], -1, *sizes[axis + 1 :]), axis,
-                   index.expand(*sizes[:axis], -1, *sizes[axis + 1 :]))
-
-
 def _embedding(
     weight: Tensor, index: Tensor, padding: int = -1, by_frequency: bool = False,
     sparse: bool = False,
@@ -158,14 +148,13 @@ def _embedding(
 
 
 RULES: dict[Any, Any] = {
-    aten.gather.default: _gather, aten.take_along_dim.default: _take_along,
-    aten.index.Tensor: _index, aten.index_put.default: _index_put,
+    aten.gather.default: _gather, aten.index.Tensor: _index, aten.index_put.default: _index_put,
     aten.index_add.default: _index_add, aten.index_fill.int_Scalar: _index_fill,
     aten.scatter_add.default: _scatter_add, aten.scatter.value: _scatter_value,
     **dict.fromkeys((aten.index_select.default, torch.index_select), _index_select),
     **dict.fromkeys((aten.embedding.default, torch.embedding), _embedding),
 }
-SPELLED = ("aten.gather.", "aten.take_along_dim.", "aten.index.", "aten.index_put.",
+SPELLED = ("aten.gather.", "aten.index.", "aten.index_put.",
            "aten.index_add.", "aten.index_fill.", "aten.scatter", "index_select", "embedding")
 
 
@@ -180,8 +169,5 @@ def ranges(node: Node) -> Iterator[tuple[Node, int, int]]:
                     if is_tensor(index))
     elif node.target is aten.embedding.default:
         yield args[1], 0, sizes[0]
-    elif node.target is aten.take_along_dim.default:
-        axis = args[2] if len(args) > 2 else None
-        yield args[1], 0, math.prod(sizes) if axis is None else sizes[axis]
     else:
         yield args[2], 0, sizes[args[1]]

@@ -21,7 +21,7 @@ from .builder import put_number
 from .composed import RULES, Early
 from .facts import aten
 from .lookups import SPELLED
-from .pointwise import tracing_a_step
+from .pointwise import constant, tracing_a_step
 from .systems import TELLING, telling
 from .turns import TRACING
 
@@ -121,9 +121,12 @@ def _tabulate(graph_module: GraphModule) -> None:
         elif _is_constant(node, known):
             known[node] = _evaluated(node, known, False), _evaluated(node, known, True)
     for node, (single, double) in known.items():
-        if node.op == "call_function" and any(user not in known for user in node.users) \
-                and single.numel() > 1 and bool((single != single.reshape(-1)[0]).any()) \
-                and torch.equal(single.double(), double.double()):
+        if node.op != "call_function" or all(user in known for user in node.users) \
+                or not torch.equal(single.double(), double.double()):
+            continue
+        if single.numel() == 1 and constant(node) is None:
+            put_number(node, single.item(), single)
+        elif single.numel() > 1 and bool((single != single.reshape(-1)[0]).any()):
             name = f"table_of_{node.name}"
             graph_module.register_buffer(name, single, persistent=False)
             with graph.inserting_before(node):

@@ -31,7 +31,6 @@ LOOKUPS = {  # of x [3, 3, 3] by i and j [3, 2]
     "index of a later axis": "torch.ops.aten.index.Tensor(x, [None, j - 3, None])",
     "index of two axes": "torch.ops.aten.index.Tensor(x, [i[:, None], j[0]])",
     "index of all axes": "torch.ops.aten.index.Tensor(x, [i, j, i])",
-    "take_along_dim": "torch.ops.aten.take_along_dim.default(x, j[..., None], 1)",
     "index_add": "torch.ops.aten.index_add.default(x, 1, i[0], x[:, :2], alpha=0.5)",
     "index_put": "torch.ops.aten.index_put.default(x, [i], x[:, :2, None], True)",
     "index_put at two axes": "torch.ops.aten.index_put.default(x, [None, i, j], x[0, 0, :2], True)",
@@ -238,6 +237,40 @@ def test_integers_that_are_clamped_before_the_loop_are_small(equal: Any) -> None
     assert "fused_scan" in fast.code
     cells[0] = torch.tensor([2**40, -(2**40), 0, 1, 2, 3, 4])
     assert_close(fast(cells), model(cells))
+
+
+def test_integers_that_are_too_large_for_their_own_dtype_have_no_kernel() -> None:
+    """float64 would hold what wraps around in int32."""
+    class Squares(nn.Module):
+        def forward(self, n: Tensor, x: Tensor) -> Tensor:
+            n, h, seen = n.clamp(0, 70000), x[:, 0], []
+            for t in range(x.shape[1]):
+                h = torch.tanh(h) + x[:, t] + n * n
+                n = torch.where(h > 0, n, 1)
+                seen.append(h)
+            return torch.stack(seen, 1)
+
+    n, x = torch.tensor([3, 5], dtype=torch.int32), torch.randn(2, 12, dtype=torch.float64)
+    fast = looplift.apply_passes(Squares(), (n, x), measure=False, mode="inference")
+    assert "its integers may be too large for floating numbers" in {
+        d["reason"] for d in fast.report.to_dict()["declined"]}
+    with torch.no_grad():
+        assert_close(fast(n + 65534, x), fast.original(n + 65534, x))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_places_along_an_axis_of_one(axis: int) -> None:
+    step = f"""
+def step(h, x):
+    most, place = torch.ops.aten.max.dim(h + x, {axis})
+    h_1 = torch.tanh(h + x + most.unsqueeze({axis}))
+    return [h_1, place.type_as(h)]
+"""
+    h, x = torch.randn(1, 4), torch.randn(3, 1, 4)
+    build_kernel(step, [h], [x], [])
+    with mock.patch.object(fused, "plain", side_effect=AssertionError("no kernel ran")):
+        made = fused_scan(step, [h], [x], [], [0])
+    assert_close(made, fused.plain(step, [h], [x], [], [0], False))
 
 
 STEP = """
