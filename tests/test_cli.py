@@ -149,8 +149,8 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], int, tuple[str, ...]]] = {
         "could not be captured", "`.item()`", "mine.py:6 in forward", "x.max().item()")),
     "a shape from data": (forward("return x[x > 0]"), ("@",), 4, (
         "output shape depends on the data", "mine.py:6 in forward")),
-    "an unsupported operation": (forward("return torch.from_numpy(x.numpy())"), ("@",), 4, (
-        "could not be captured: RuntimeError: .numpy() is not supported", "mine.py:6 in forward")),
+    "an array of NumPy": (forward("return torch.from_numpy(x.numpy())"), ("@",), 4, (
+        "could not be captured: forward asks for the value of a tensor", "mine.py:6 in forward")),
     "an assignment": (forward("self.last = {x}", "return x"), ("@",), 4, (
         "forward assigns the attribute 'last', an effect",)),
     "a compiled model": (GOOD + "model = torch.compile(Loop(), backend='eager')\n", ("@",), 2, (
