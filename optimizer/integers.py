@@ -141,7 +141,8 @@ class _Known:
         if rule is None or set(node.kwargs) - {"dtype", "device", "layout", "pin_memory"}:
             return None
         operands = [self.of(a, depth + 1) for a in node.args]
-        if name == "clamp" and not self.inside:  # by integers, whatever they are
+        if name == "clamp" and not self.inside and len(operands) == 3 \
+                and all(b and b.is_finite for b in operands[1:]):  # by integers, whatever they are
             operands[0] = operands[0] or ROUNDED
         return rule(node, operands)
 
@@ -180,9 +181,7 @@ def _rows(index: Node) -> Bounds | None:
         if bounds and (told or whole):
             return bounds
         found.append(bounds)
-    if not found or None in found:
-        return None
-    return max(filter(None, found), key=lambda bounds: bounds.size)
+    return _hull(found) if found else None
 
 
 def _held(node: Node) -> Bounds | None:

@@ -209,10 +209,12 @@ def test_integers_that_are_given_may_be_out_of_range(wrong: int) -> None:
             run(state, torch.tensor([1, 1, wrong, 1]), kinds)
 
 
-def test_integers_that_only_come_from_outside_have_no_bounds() -> None:
+@pytest.mark.parametrize("clamped", [False, True])
+def test_integers_that_only_come_from_outside_have_no_bounds(clamped: bool) -> None:
     class Adds(nn.Module):
         def forward(self, place: Tensor, x: Tensor) -> Tensor:
             read: list[Tensor] = []
+            place = place.clamp(min=0) if clamped else place
             for t in range(x.shape[1]):
                 read.append(torch.where(place > t, x[:, t], 0.0))
                 place = torch.where(x[:, t] > 0, place, place - 1)
