@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -212,7 +212,9 @@ class _Trace:
         outputs, self.output_spec = flat_outputs(result)
         for leaf in outputs:
             if not isinstance(leaf, (Tensor, *PLAIN)):
-                raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor")
+                hint = "register it (torch.export.register_dataclass)" * is_dataclass(leaf)
+                raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor"
+                                   + (hint and f"; {hint}"))
         assigned, more = assignments(changes, len(outputs))
         self.assigned = tuple(assigned)
         outputs += more

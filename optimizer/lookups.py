@@ -114,11 +114,11 @@ def _index_fill(x: Tensor, axis: int, index: Tensor, number: Any) -> Any:
 
 def _scattered(x: Tensor, axis: int, index: Tensor) -> Tensor | None:
     """A mask [*index, rows] of where elements go, None if that is not along a whole axis."""
-    others = [size for k, size in enumerate(x.shape) if k != axis % max(x.dim(), 1)]
-    same = others == [size for k, size in enumerate(index.shape) if k != axis % max(x.dim(), 1)]
-    if not x.dim() or not same or not x.is_floating_point():
+    if not x.dim() or not x.is_floating_point():
         return None
-    return _is_row(index, x.shape[axis])
+    axis %= x.dim()
+    theirs, ours = ([*t.shape[:axis], *t.shape[axis + 1 :]] for t in (index, x))
+    return _is_row(index, x.shape[axis]) if theirs == ours else None
 
 
 def _scatter_add(x: Tensor, axis: int, index: Tensor, source: Tensor) -> Any:

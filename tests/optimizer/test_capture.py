@@ -14,6 +14,7 @@ import pytest
 import torch
 from looplift import Equal, OptimizedModule, apply_passes, verify
 from looplift.optimizer.capture import capture
+from looplift.optimizer.contract import Seen
 from looplift.optimizer.refused import CaptureError
 from looplift.optimizer.rewritten import Rewritten
 from torch import Tensor, nn
@@ -469,6 +470,7 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
         lambda m, x: x[torch.ones_like(x) * x > 0], "output shape depends on the data", ""),
     "an attribute": (keeps_an_object, "forward assigns the attribute 'calls'", ""),
     "a parameter written to": (writes_a_parameter, "forward writes to the parameter 'weight'", ""),
+    "a dataclass": (lambda m, x: Seen(), "not a tensor; register it", ""),
     "another kind of output": (lambda m, x: {1, 2}, "forward returns a set, not a tensor", ""),
     "a gradient that is asked for": (
         lambda m, x: x.requires_grad_() * 2, "forward changes what has a gradient",
