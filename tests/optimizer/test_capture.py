@@ -461,7 +461,7 @@ REFUSED: dict[str, tuple[Run, str, str]] = {
     "tolist": (lambda m, x: x * x[0].tolist()[0], VALUE, "x[0].tolist()"),
     "int": (lambda m, x: x * int(x[0, 0]), VALUE, "int(x[0, 0])"),
     "a shape from data": (lambda m, x: x[x > 0], "output shape depends on the data", "x[x > 0]"),
-    "numpy": (lambda m, x: x * torch.from_numpy(x.numpy()), ".numpy() is not supported", "x.numpy"),
+    "numpy": (lambda m, x: x * torch.from_numpy(x.numpy()), VALUE, "x.numpy"),
     "a buffer's value": (lambda m, x: x if m.count > 0 else -x, VALUE, "m.count > 0"),
     "a random value": (lambda m, x: x if torch.rand(2).sum() > 3 else -x, VALUE, "torch.rand(2)"),
     "the value of memory not written to": (
