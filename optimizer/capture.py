@@ -222,6 +222,9 @@ class _Trace:
         self.constants = {i: x for i, x in enumerate(outputs) if not isinstance(x, Tensor)}
         if answers.unseen is not None:
             raise answers.unseen
+        if any(array.tobytes() != was for array, was in answers.arrays):
+            raise CaptureError("forward writes to an array of NumPy that shares memory with a "
+                               "tensor, which a graph would not repeat")
         return [x if isinstance(x, Tensor) else None for x in outputs]
 
     def _note_returned(self, leaves: list[Any], wrapped: list[Any]) -> None:

@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .facts import LARGEST_CONSTANT, aten, is_pure
+from .facts import LARGEST_CONSTANT, aten, is_pure, is_view
 from .refused import CaptureError, user_frames
 from .untracked import node_of
 
@@ -46,6 +46,8 @@ ARRAYS = (Tensor.numpy, Tensor.__array__)
 ASKING = (*ARRAYS, Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__,
           Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.equal, torch.equal,
           Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero)
+WRITING = {"__setitem__", *(f"__i{name}__" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))}
 CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
 LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
@@ -65,6 +67,7 @@ class ConstantAnswers(TorchFunctionMode):
         self.state = state
         self.asked: dict[int, Tensor] = {}  # by their ids
         self.known: dict[Node, Any] = {}
+        self.arrays: list[tuple[Any, bytes]] = []  # that were given, and what they held
         self.root: nn.Module | None = None  # holds the tensors that forward made of numbers
         self.asks_for_gradients = False
         self.unseen: CaptureError | None = None
@@ -81,8 +84,17 @@ class ConstantAnswers(TorchFunctionMode):
                                        user_frames(traceback.extract_stack()))
         if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
-        asked = pytree.tree_leaves(args) if func in ASKING or func in FILLING else _integers(args)
-        self._note(t for t in asked if type(t) is Tensor)  # of objects of the model: no inputs
+        whole = func in ASKING or func in FILLING
+        asked = pytree.tree_leaves((args, kwargs)) if whole else _numbers(args, kwargs)
+        self._note(filter(_is_held, asked))
+        if self.unseen is None and args and _writes(func) and _shows_held(args[0]):
+            self.unseen = CaptureError(
+                "forward writes to a tensor that an object on the model holds, or a global one, "
+                "which a graph would not repeat; register it as a buffer",
+                user_frames(traceback.extract_stack()))
+            raise self.unseen
+        if func in ARRAYS and _is_held(args[0]):
+            return self._value(func, args, kwargs)  # a trace would give other memory
         if func in CHOOSING:
             args, kwargs = _by_masks(args, kwargs, CHOOSING[func])
         try:
@@ -129,11 +141,11 @@ class ConstantAnswers(TorchFunctionMode):
     def _value(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """A function's result, if its arguments are known."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        nodes = self._nodes(leaves)
+        nodes = self._nodes(func, leaves)
         with ThreadPoolExecutor(1) as apart:  # which has none of the trace's modes
             return apart.submit(self._answer, func, leaves, spec, nodes).result()
 
-    def _nodes(self, leaves: Sequence[Any]) -> dict[int, Node]:
+    def _nodes(self, func: Any, leaves: Sequence[Any]) -> dict[int, Node]:
         """The nodes that the traced tensors among `leaves` stand for, by their places."""
         mode = get_proxy_mode()
         if mode is None or not isinstance(mode.tracer, PythonKeyTracer):
@@ -145,7 +157,7 @@ class ConstantAnswers(TorchFunctionMode):
                 if (node := node_of(leaf)) is None:
                     raise Unknown
                 found[place] = node
-            elif type(leaf) is Tensor and not leaf.requires_grad:
+            elif _is_held(leaf) and (func in ARRAYS or not leaf.requires_grad):
                 self._note([leaf])
             elif isinstance(leaf, Tensor):
                 raise Unknown
@@ -159,7 +171,11 @@ class ConstantAnswers(TorchFunctionMode):
         for place, node in nodes.items():
             leaves[place] = self._evaluated(node)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if func in ARRAYS:  # of its own memory; who writes to it is refused
+            made = made.copy()
+            self.arrays.append((made, made.tobytes()))
+        return made
 
     def _evaluated(self, node: Node) -> Any:
         """The value of `node`, from those of all that it is computed from."""
@@ -219,15 +235,38 @@ def _is_integer(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and not leaf.dim() and leaf.dtype in (torch.int64, torch.int32)
 
 
-def _integers(args: Sequence[Any]) -> Iterator[Tensor]:
-    """Such tensors among arguments, in lists and slices too: sizes, places."""
-    for arg in args:
+def _numbers(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors of one integer among arguments, in lists and slices too: sizes, places."""
+    for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, (tuple, list)):
-            yield from _integers(arg)
+            yield from _numbers(arg, {})
         elif isinstance(arg, slice):
-            yield from _integers((arg.start, arg.stop, arg.step))
-        elif _is_integer(arg):
+            yield from _numbers((arg.start, arg.stop, arg.step), {})
+        elif isinstance(arg, Tensor) and arg.numel() == 1 and not arg.is_floating_point():
             yield arg
+
+
+def _is_held(leaf: Any) -> bool:
+    """Whether a tensor hangs on an object of the model, or is a global: a trace does not know it,
+    and takes it for a constant."""
+    return type(leaf) in (Tensor, nn.Parameter) and torch._C._has_storage(leaf) \
+        and not torch._is_functional_tensor(leaf) and not leaf.is_meta
+
+
+def _shows_held(tensor: Any) -> bool:
+    """Whether a tensor is such a one, or a view of one."""
+    if _is_held(tensor) or type(tensor) is not FakeTensor:
+        return _is_held(tensor)
+    node = node_of(tensor)
+    while node is not None and is_view(node):
+        node = cast(Node, node.args[0])
+    return node is not None and node.op == "get_attr"
+
+
+def _writes(func: Any) -> bool:
+    """Whether it writes to its first argument: `add_`, `+=`, `x[i] = …`."""
+    name = getattr(func, "__name__", "")
+    return name in WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _picked(tensor: Tensor, index: Any) -> Tensor | None:

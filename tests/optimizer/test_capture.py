@@ -1307,6 +1307,63 @@ def test_values_that_forward_asks_for_are_looked_at_in_every_call(
     assert len(fast.report.signatures) in (1, 2)
 
 
+@pytest.mark.parametrize("read", [
+    lambda m, x: x * int(m.steps.cpu()), lambda m, x: x * int(m.settings.times.numpy()[0]),
+    lambda m, x: x + torch.zeros(size=(2, m.settings.size)), lambda m, x: x * int(m.settings.own),
+    lambda m, x: x.sum(dim=m.settings.axis), lambda m, x: x[:, : m.settings.short],
+])
+def test_values_are_seen_however_forward_asks(read: Callable[[Any, Tensor], Tensor]) -> None:
+    class Reads(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(6):
+                x = torch.tanh(x)
+            return read(self, x)
+
+    model, x = Reads(), torch.randn(2, 4)
+    held = vars(model.settings)
+    held |= {"axis": torch.tensor(1), "short": torch.tensor(3, dtype=torch.int16),
+             "own": nn.Parameter(torch.tensor(2.0))}
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    with torch.no_grad():
+        assert_close(fast(x), model(x))
+        model.steps.add_(1)
+        for name, change in (("times", 4), ("axis", -1), ("short", -1), ("own", 2)):
+            held[name].data.add_(change)
+        assert_close(fast(x), model(x))
+
+
+def writes_to_a_tensor(m: Any, x: Tensor) -> Any:
+    m.settings.scale += 1
+    return x * m.settings.scale
+
+
+def writes_to_a_view(m: Any, x: Tensor) -> Any:
+    m.settings.times[0] = 3
+    return x * m.settings.times[0]
+
+
+def writes_to_an_array(m: Any, x: Tensor) -> Tensor:
+    times = m.settings.times.numpy()
+    times += 1
+    return x * int(times[0])
+
+
+@pytest.mark.parametrize(("write", "reason"), [
+    (writes_to_a_tensor, "writes to a tensor that an object on the model holds"),
+    (writes_to_a_view, "writes to a tensor that an object on the model holds"),
+    (writes_to_an_array, "writes to an array of NumPy"),
+])
+def test_what_an_object_holds_is_not_written_to(
+    write: Callable[[Any, Tensor], Tensor], reason: str
+) -> None:
+    class Writes(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            return write(self, x)
+
+    with pytest.raises(CaptureError, match=reason):
+        capture(Writes(), (torch.randn(2, 4),))
+
+
 def test_a_counter_that_forward_asks_for_and_changes_is_refused() -> None:
     class Counting(nn.Module):
         calls: Tensor
