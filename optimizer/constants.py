@@ -1,7 +1,8 @@
-"""What forward asks of tensors that no input and no state reaches, answered while it is traced.
+"""What forward asks of tensors that no input reaches, answered while it is traced.
 
 `assert (t[1:] > t[:-1]).all()` on a table, `if mask.all()` on a default mask and `n.item()` of a
-counter have the same answer at every call with inputs of these sizes.
+counter have the same answer at every call with inputs of these sizes; `range(self.steps)` has it
+as long as what the model holds is the same, which each call compares.
 """
 
 from __future__ import annotations
@@ -78,21 +79,13 @@ class ConstantAnswers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.asks_for_gradients |= getattr(func, "__self__", None) is REQUIRES_GRAD
-        if self.unseen is None and func in UNSEEN and not (
-                func != DATA.__set__ and _is_made(args[0])):
-            self.unseen = CaptureError(f"forward {UNSEEN[func]}, which a graph would not hold",
-                                       user_frames(traceback.extract_stack()))
+        if self.unseen is None:
+            self._refuse(func, args)
         if func == DATA.__get__:
             func = Tensor.detach  # the tracer takes `.data` for the tensor itself
         whole = func in ASKING or func in FILLING
         asked = pytree.tree_leaves((args, kwargs)) if whole else _numbers(args, kwargs)
         self._note(filter(_is_held, asked))
-        if self.unseen is None and args and _writes(func) and _shows_held(args[0]):
-            self.unseen = CaptureError(
-                "forward writes to a tensor that an object on the model holds, or a global one, "
-                "which a graph would not repeat; register it as a buffer",
-                user_frames(traceback.extract_stack()))
-            raise self.unseen
         if func in ARRAYS and _is_held(args[0]):
             return self._value(func, args, kwargs)  # a trace would give other memory
         if func in CHOOSING:
@@ -107,6 +100,19 @@ class ConstantAnswers(TorchFunctionMode):
                 with contextlib.suppress(Unknown):
                     return answer(func, args, kwargs)
             raise error from None
+
+    def _refuse(self, func: Any, args: Sequence[Any]) -> None:
+        """Note what the graph would not hold; raise where PyTorch would say so in its own terms."""
+        if func in UNSEEN:
+            if func == DATA.__set__ or not _is_made(args[0]):
+                self.unseen = CaptureError(f"forward {UNSEEN[func]}, which a graph would not hold",
+                                           user_frames(traceback.extract_stack()))
+        elif args and _writes(func) and _shows_held(args[0]):
+            self.unseen = CaptureError(
+                "forward writes to a tensor that an object on the model holds, or a global one, "
+                "which a graph would not repeat; register it as a buffer",
+                user_frames(traceback.extract_stack()))
+            raise self.unseen
 
     def _by_numbers(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Both, with numbers for the integers whose values are known: a size, an index."""
