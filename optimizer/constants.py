@@ -46,7 +46,8 @@ FILLING = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}  # where the n
 ARRAYS = (Tensor.numpy, Tensor.__array__)
 ASKING = (*ARRAYS, Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__,
           Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.equal, torch.equal,
-          Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero)
+          Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero,
+          Tensor.__format__, Tensor.__repr__)
 WRITING = {"__setitem__", *(f"__i{name}__" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))}
 CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
@@ -232,7 +233,7 @@ class ConstantAnswers(TorchFunctionMode):
 def _called(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     try:
         return func(*args, **kwargs)
-    except (*UNANSWERABLE, TypeError, RuntimeError) as error:
+    except (*UNANSWERABLE, AttributeError, TypeError, RuntimeError) as error:
         raise Unknown from error
 
 

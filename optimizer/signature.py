@@ -285,8 +285,8 @@ def _inside(held: Any, depth: int) -> Any:
     if slots and not inside:
         inside = Slots((name, getattr(held, name)) for name in slots if hasattr(held, name))
     plain = isinstance(inside, dict) and inside and all(
-        isinstance(item, (Tensor, *PLAIN, *TABLES)) or _inside(item, depth - 1) is not None
-        for item in inside.values())
+        isinstance(item, (Tensor, *PLAIN, *TABLES)) or _is_array(item)
+        or _inside(item, depth - 1) is not None for item in inside.values())
     return inside if plain else None
 
 

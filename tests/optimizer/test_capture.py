@@ -1311,6 +1311,7 @@ def test_values_that_forward_asks_for_are_looked_at_in_every_call(
     lambda m, x: x * int(m.steps.cpu()), lambda m, x: x * int(m.settings.times.numpy()[0]),
     lambda m, x: x + torch.zeros(size=(2, m.settings.size)), lambda m, x: x * int(m.settings.own),
     lambda m, x: x.sum(dim=m.settings.axis), lambda m, x: x[:, : m.settings.short],
+    lambda m, x: x * len(f"{m.settings.axis:3}{m.steps * 10}"),
 ])
 def test_values_are_seen_however_forward_asks(read: Callable[[Any, Tensor], Tensor]) -> None:
     class Reads(Counted):

@@ -57,7 +57,7 @@ class Configured(nn.Module):
         self.register_buffer("offset", torch.ones(3))
         self.table = torch.ones(3)
         self.settings: Any = Settings()
-        self.space = types.SimpleNamespace(gain=1.5)
+        self.space = types.SimpleNamespace(gain=1.5, weights=numpy.ones(3))
         self.kind = Kind.ADDED
         self.activation: Any = functional.relu
         self.method: Any = Scaling(2.0).scaled
@@ -72,7 +72,7 @@ class Configured(nn.Module):
         y = self.bare(y) * self.scale + self.offset + self.table
         y = y + x * self.settings.gain * self.space.gain * sum(self.settings.nested["gains"])
         y = y + self.activation(x) + self.method(x) + self.partial(x) + sum(self.gains)
-        y = y + torch.tensor(self.weights, dtype=x.dtype)
+        y = y + torch.tensor(self.weights * self.space.weights, dtype=x.dtype)
         y = y + x if self.kind is Kind.ADDED else y
         y = y + 1 if "shift" in self.features else y
         y = y if self.bare.weight.requires_grad else y * 2
@@ -121,6 +121,8 @@ CHANGES: dict[str, Callable[[Configured], object]] = {
     "a partial function": lambda m: setattr(m, "partial", functools.partial(torch.mul, 3.0)),
     "what a set holds": lambda m: m.features.symmetric_difference_update({"shift", "other"}),
     "an array's numbers": lambda m: m.weights.__setitem__(0, 4.0),
+    "an array's numbers in a namespace": lambda m: m.space.weights.__setitem__(0, 4.0),
+    "an array in a namespace": lambda m: setattr(m.space, "weights", numpy.full(3, 2.0)),
     "an array": lambda m: setattr(m, "weights", numpy.full(3, 2.0)),
     "an entry of a deque": lambda m: m.gains.__setitem__(0, 4.0),
     "a dtype": lambda m: setattr(m, "wide", torch.float64),
