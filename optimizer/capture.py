@@ -212,9 +212,10 @@ class _Trace:
         outputs, self.output_spec = flat_outputs(result)
         for leaf in outputs:
             if not isinstance(leaf, (Tensor, *PLAIN)):
-                hint = "register it (torch.export.register_dataclass)" * is_dataclass(leaf)
-                raise CaptureError(f"forward returns a {type(leaf).__name__}, not a tensor"
-                                   + (hint and f"; {hint}"))
+                reason = f"forward returns a {type(leaf).__name__}, not a tensor"
+                if is_dataclass(leaf):
+                    reason += "; register it (torch.export.register_dataclass)"
+                raise CaptureError(reason)
         assigned, more = assignments(changes, len(outputs))
         self.assigned = tuple(assigned)
         outputs += more
@@ -341,7 +342,7 @@ def _explained(error: Exception) -> CaptureError:
             "graph; call `torch.distributions.Distribution.set_default_validate_args(False)`",
             frames)
     if ".numpy() is not supported" in str(error):
-        names.append(known[0][0])
+        names.append("DataDependentOutputException")
     for name, reason in known:
         if name in names:
             return CaptureError(reason, frames)

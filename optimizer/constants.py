@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .facts import LARGEST_CONSTANT, aten, is_pure, is_view
+from .facts import LARGEST_CONSTANT, LIFTED, aten, is_pure, root
 from .refused import CaptureError, user_frames
 from .untracked import node_of
 
@@ -51,7 +51,6 @@ ASKING = (*ARRAYS, Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__,
 WRITING = {"__setitem__", *(f"__i{name}__" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))}
 CHOOSING = {torch.where: 0, Tensor.where: 1}  # where the mask is, which may be of bytes
-LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 LIKE_FIRST = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 LIKE_SECOND = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
@@ -96,8 +95,9 @@ class ConstantAnswers(TorchFunctionMode):
         except (*UNANSWERABLE, TypeError, RuntimeError) as error:
             if not isinstance(error, UNANSWERABLE) and func not in (*FILLING, *ARRAYS):
                 raise
-            args, kwargs = self._by_numbers(func, args, kwargs)
-            for answer in (_called, self._told, self._otherwise):
+            numbered = self._by_numbers(func, args, kwargs)
+            args, kwargs = numbered or (args, kwargs)
+            for answer in (*([_called] if numbered else []), self._told, self._otherwise):
                 with contextlib.suppress(Unknown):
                     return answer(func, args, kwargs)
             raise error from None
@@ -116,9 +116,12 @@ class ConstantAnswers(TorchFunctionMode):
             raise self.unseen
 
     def _by_numbers(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Both, with numbers for the integers whose values are known: a size, an index."""
-        given = args, kwargs
-        return given if func in ASKING else pytree.tree_map(self._number, given)
+        """Both, with numbers for the integers whose values are known, as a size or an index; None
+        without any."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        numbers = leaves if func in ASKING else list(map(self._number, leaves))
+        same = all(map(operator.is_, leaves, numbers))
+        return None if same else pytree.tree_unflatten(numbers, spec)
 
     def _number(self, leaf: Any) -> Any:
         if isinstance(leaf, slice):
@@ -265,9 +268,7 @@ def _shows_held(tensor: Any) -> bool:
     if _is_held(tensor) or type(tensor) is not FakeTensor:
         return _is_held(tensor)
     node = node_of(tensor)
-    while node is not None and is_view(node):
-        node = cast(Node, node.args[0])
-    return node is not None and node.op == "get_attr"
+    return node is not None and root(node).op == "get_attr"
 
 
 def _writes(func: Any) -> bool:

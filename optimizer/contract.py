@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .builder import Builder, output_node, placeholders, storage
-from .facts import aten, is_kernel, is_op, is_tensor, is_view, value
+from .facts import aten, is_kernel, is_op, is_tensor, is_view, root, value
 from .normal_form import propagate
 from .packing import of_call
 from .walk import shown
@@ -250,12 +250,12 @@ def _attached(leaf: Node) -> Node:
 
 def outputs_apart(graph_module: GraphModule, mode: FakeTensorMode) -> None:
     """Let outputs be copies of what a fused loop's backward reads: a caller may write to them."""
-    roots = dict.fromkeys(_root(leaf) for leaf in results(graph_module) if is_tensor(leaf))
-    for root in roots:
-        if root.target is operator.getitem and is_kernel(root.args[0]) and _is_read_back(root):
-            build = Builder(graph_module, root.next, mode, STAMP)
-            copied = build.call(aten.clone.default, root)
-            root.replace_all_uses_with(copied, partial(operator.is_not, copied))
+    roots = dict.fromkeys(root(leaf) for leaf in results(graph_module) if is_tensor(leaf))
+    for made in roots:
+        if made.target is operator.getitem and is_kernel(made.args[0]) and _is_read_back(made):
+            build = Builder(graph_module, made.next, mode, STAMP)
+            copied = build.call(aten.clone.default, made)
+            made.replace_all_uses_with(copied, partial(operator.is_not, copied))
 
 
 def _is_read_back(result: Node) -> bool:
@@ -263,13 +263,6 @@ def _is_read_back(result: Node) -> bool:
     step, sizes, (held, _, _) = of_call(cast(Node, result.args[0]))
     number = cast(int, result.args[1])
     return number - held in {output for output, _ in shown(step, sizes, held).values()}
-
-
-def _root(node: Node) -> Node:
-    """What a view is a view of."""
-    while is_view(node):
-        node = cast(Node, node.args[0])
-    return node
 
 
 def _with_strides(build: Builder, node: Node, strides: tuple[int, ...]) -> Node:

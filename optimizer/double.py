@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .facts import aten
+from .facts import LIFTED, aten
 
 WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
          torch.complex64: torch.complex128}
@@ -25,7 +25,6 @@ def doubled(tensor: Tensor) -> Tensor:
 
 PLAIN = (int, float, bool, complex, str, type(None), torch.device, torch.layout,
          torch.memory_format)
-LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 PROMOTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.rsub.Scalar,
              aten.pow.Tensor_Scalar)  # of a mask or integers and a number: the default dtype
 

@@ -22,6 +22,7 @@ SCAN = torch.ops.higher_order.scan
 PHYSICAL = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 READS = (aten.select.int, aten.slice.Tensor)
 AUTOCAST = ("cpu", "cuda")  # devices whose autocast a call's signature tells
+LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # numbers of forward's own
 WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
 SUPERSEDED = "superseded"  # marks a random or wasted operation that others run instead
 WASTED = "wasted"  # marks what the model computes and does not use
@@ -219,6 +220,13 @@ def stacked_as(result: Node) -> tuple[Node, int]:
         if [d for d in order if d] == sorted(d for d in order if d):
             return users[0], axis
     return result, 0
+
+
+def root(node: Node) -> Node:
+    """What a view, perhaps of another, is a view of."""
+    while is_view(node):
+        node = cast(Node, node.args[0])
+    return node
 
 
 def behind(ends: Iterable[Node], cut: Set[Node] = frozenset()) -> set[Node]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from .facts import aten, is_tensor, value
@@ -154,8 +155,8 @@ RULES: dict[Any, Any] = {
     **dict.fromkeys((aten.index_select.default, torch.index_select), _index_select),
     **dict.fromkeys((aten.embedding.default, torch.embedding), _embedding),
 }
-SPELLED = ("aten.gather.", "aten.index.", "aten.index_put.",
-           "aten.index_add.", "aten.index_fill.", "aten.scatter", "index_select", "embedding")
+SPELLED = tuple(text for target in RULES if isinstance(target, OpOverload)  # as steps call them
+                for text in (str(target), f"torch.{target._opname}("))
 
 
 def ranges(node: Node) -> Iterator[tuple[Node, int, int]]:

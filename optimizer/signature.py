@@ -107,7 +107,8 @@ class Watched:
         self.glimpse = None
 
     def _asked(self) -> list[Tensor]:
-        own = [held.get() for held in model_state(self.model) if held.name in self.names]
+        states = model_state(self.model) if self.names else ()
+        own = [held.get() for held in states if held.name in self.names]
         return [*own, *self.others.values()]
 
     def version(self) -> int:

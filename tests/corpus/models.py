@@ -490,9 +490,9 @@ def greedy() -> Any:
 class Viterbi(nn.Module):
     """The most likely path of states, found backwards from where each came from."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: int = WIDTH) -> None:
         super().__init__()
-        self.moves = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.moves = nn.Parameter(torch.randn(states, states))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         score, came = x[:, 0], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from looplift.optimizer.fused import build_kernel, fused_scan
 from looplift.optimizer.loop import plain_loop
 from looplift.optimizer.pointwise import Unsupported
 from looplift.optimizer.step import checks, step_function
+from looplift.tests.corpus.models import Viterbi
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -123,27 +125,6 @@ class Started(nn.Module):
         return torch.stack(seen, 1), state
 
 
-class Viterbi(nn.Module):
-    """The most likely path, found backwards from where each state came from."""
-
-    def __init__(self, states: int = 5) -> None:
-        super().__init__()
-        self.moves = nn.Parameter(torch.randn(states, states))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        score, came = x[:, 0], []
-        for t in range(1, x.shape[1]):
-            most, place = (score.unsqueeze(2) + self.moves).max(1)
-            score = most + x[:, t]
-            came.append(place)
-        best = score.argmax(1)
-        path = [best]
-        for place in reversed(came):
-            best = place.gather(1, best.unsqueeze(1)).squeeze(1)
-            path.append(best)
-        return torch.stack(path[::-1], 1), score.amax(1)
-
-
 class Walker(nn.Module):
     """Places on a ring, moved by what is read there, counted from the end where negative."""
 
@@ -182,7 +163,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "decoder": (Decoder, (torch.randn(3, 6),), 1),
     "started": (Started, (torch.randn(4, 6), torch.tensor([1, 6, 0, 3]),
                           torch.randint(0, 3, (4, 8))), 1),
-    "viterbi": (Viterbi, (torch.randn(3, 9, 5),), 2),
+    "viterbi": (partial(Viterbi, 5), (torch.randn(3, 9, 5),), 2),
     "mesh": (Mesh, (torch.randn(2, 5, 3),), 1),
     "walker": (Walker, (torch.randn(3, 11), torch.randn(3, 4)), 1),
 }
