@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -29,6 +30,17 @@ INACCURATE = tuple(  # torch.vmap computes them in float32, whatever the dtype
     getattr(packet, name) for packet in (aten.linspace, aten.logspace)
     for name in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")
 )
+
+
+def _index_fill(x: Tensor, axis: int, index: Tensor, number: Any) -> Tensor:
+    """As a write: `torch.vmap` of the fill takes places below 0 for those of another step."""
+    if not isinstance(number, Tensor):
+        number = torch.full((), number, dtype=x.dtype, device=x.device)
+    return x.index_put([*[None] * (axis % x.dim()), index], number)
+
+
+INSTEAD: dict[Any, Any] = dict.fromkeys(  # of what torch.vmap gets wrong
+    (aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill)
 
 
 class Batcher(Lanes):
@@ -79,7 +91,8 @@ def _declining(
 
 
 def _vmapped(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    """Any operation through `torch.vmap`, traced to ATen and copied into the graph."""
+    """Any operation through `torch.vmap`, traced to ATen and copied into the graph; None if it
+    becomes several of which one only raises, as `linalg.lu_factor` does: nothing would keep it."""
     leaves, spec = pytree.tree_flatten(
         (list(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, Lane)
     )
@@ -92,7 +105,8 @@ def _vmapped(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
         positional, named = pytree.tree_unflatten(filled, spec)
-        return node.target(*positional, **named)  # type: ignore[operator]
+        called: Any = INSTEAD.get(node.target, node.target)
+        return called(*positional, **named)
 
     functorch: Any = torch._C._functorch
     fallback = functorch._is_vmap_fallback_enabled()
@@ -117,7 +131,7 @@ def _inlined(b: Lanes, graph: torch.fx.Graph, nodes: Sequence[Node]) -> Outcome:
             many = isinstance(results, (list, tuple))
             lanes = tuple(Lane(known[r], 0) for r in (results if many else [results]))
             return lanes if many else lanes[0]
-        elif inner.op != "call_function":
+        elif inner.op != "call_function" or _only_raises(inner):
             return None
         else:
             args, kwargs = torch.fx.node.map_arg(
@@ -125,3 +139,7 @@ def _inlined(b: Lanes, graph: torch.fx.Graph, nodes: Sequence[Node]) -> Outcome:
             )
             known[inner] = b.call(inner.target, *args, **kwargs)
     return None
+
+
+def _only_raises(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns

@@ -274,10 +274,29 @@ def _embedding(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, A
         places = b.repeated(index, 0)
         begins = b.build.table(range(0, steps * rows, rows), value(places).device, torch.int64)
         begins = b.build.reshape(begins, [steps, *[1] * (len(shape(places)) - 1)])
-        return Lane(b.call(node.target, flat, b.call(aten.add.Tensor, places, begins)), 0)
+        inside = b.call(aten.logical_and.default, b.call(aten.ge.Scalar, places, 0),
+                        b.call(aten.lt.Scalar, places, rows))
+        there = b.call(aten.add.Tensor, places, begins)  # no row of another table's
+        there = b.call(aten.where.ScalarOther, inside, there, steps * rows)
+        return Lane(b.call(node.target, flat, there), 0)
     if not isinstance(index, Lane):
         return None
     return Lane(b.call(node.target, weight, index.node, *rest, **kwargs), index.axis)
+
+
+def _one_hot(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+    """As one operation, which raises for a class out of range; `torch.vmap` compares instead."""
+    lane, *classes = args
+    index = lane.node
+    if not value(index).is_contiguous():  # a fake tensor's result would lie in memory as it does
+        index = b.call(aten.clone.default, index, memory_format=torch.contiguous_format)
+    return Lane(b.call(node.target, index, *classes, **kwargs), lane.axis)
+
+
+def _in_front(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+    """Matrix operations that raise where they fail: all matrices' axes in front are theirs."""
+    done = [b.repeated(a, 0) if isinstance(a, (Lane, Node)) else a for a in args]
+    return Lane(b.call(node.target, *done, **kwargs), 0)
 
 
 def _attention(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
@@ -315,7 +334,10 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: _joined,
     aten.stack.default: _joined,
     aten.embedding.default: _embedding,
+    aten.one_hot.default: _one_hot,
     aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys((aten.linalg_cholesky.default, aten.linalg_inv.default, aten.inverse.default,
+                     aten.linalg_solve.default), _in_front),
     aten.select_scatter.default: _scatter,
     aten.slice_scatter.default: _scatter,
     **dict.fromkeys((aten.slice.Tensor, aten.flip.default, aten.index_select.default), _one_axis),

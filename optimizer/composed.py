@@ -311,12 +311,6 @@ def _extreme_place(name: str) -> Callable[..., Any]:
     return found
 
 
-def _one_hot(index: Tensor, classes: int = -1) -> Any:
-    if not 0 < classes <= MOST_PIECES:
-        return NotImplemented
-    return (index.unsqueeze(-1) == torch.arange(classes, dtype=torch.float32)).to(torch.int64)
-
-
 def _diagonal(x: Tensor, offset: int = 0, axis: int = 0, other: int = 1) -> Tensor:
     axis, other = axis % x.dim(), other % x.dim()
     moved = x.movedim((axis, other), (-2, -1))
@@ -368,8 +362,7 @@ EARLY: dict[Any, Callable[..., Any]] = {
     aten.max.dim: _extreme("amax"), aten.min.dim: _extreme("amin"),
     aten.argmax.default: _extreme_place("amax"), aten.argmin.default: _extreme_place("amin"),
     aten.max.default: torch.amax, aten.min.default: torch.amin,
-    aten.one_hot.default: _one_hot, aten.diagonal.default: _diagonal,
-    aten.pad.default: _pad_with_itself, **SYSTEMS, **LOOKUPS,
+    aten.diagonal.default: _diagonal, aten.pad.default: _pad_with_itself, **SYSTEMS, **LOOKUPS,
 }
 
 

@@ -148,7 +148,12 @@ def _embedding(
     return _index(weight, [index])
 
 
+def _one_hot(index: Tensor, classes: int = -1) -> Any:
+    return _is_row(index, classes).to(torch.int64) if classes > 0 else NotImplemented
+
+
 RULES: dict[Any, Any] = {
+    aten.one_hot.default: _one_hot,
     aten.gather.default: _gather, aten.index.Tensor: _index, aten.index_put.default: _index_put,
     aten.index_add.default: _index_add, aten.index_fill.int_Scalar: _index_fill,
     aten.scatter_add.default: _scatter_add, aten.scatter.value: _scatter_value,
@@ -164,6 +169,9 @@ def ranges(node: Node) -> Iterator[tuple[Node, int, int]]:
     if node.target not in RULES:
         return
     args = cast(tuple[Any, ...], node.args)
+    if node.target is aten.one_hot.default:
+        yield args[0], 0, args[1]
+        return
     sizes = tuple(value(args[0]).shape) or (1,)
     if node.target in (aten.index.Tensor, aten.index_put.default):
         yield from ((index, -size, size) for index, size in zip(args[1], sizes, strict=False)
