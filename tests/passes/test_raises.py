@@ -63,8 +63,9 @@ class Apart(nn.Module):
         self.parts = nn.ModuleList(Steps(kind) for _ in range(6))
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        parts: Any = self.parts
         return torch.stack([part.step(part, part.enter(x[:, t]), i[:, t])
-                            for t, part in enumerate(self.parts)], 1)
+                            for t, part in enumerate(parts)], 1)
 
 
 @pytest.mark.parametrize("model", [Steps, Carried, Apart])
