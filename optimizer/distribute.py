@@ -39,6 +39,7 @@ from .nested import batched_scan
 from .rewrite import Rewrite
 
 TAKEN_APART = "taken apart"  # marks a scan that is what could not be batched
+JOINED = "joined"  # marks one that holds what reads its recurrence, too
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Split:
     cycles: tuple[frozenset[int], ...]  # carries that depend on one another
     on_cycle: dict[Node, int]  # operation → its cycle
     reorders: bool
+    joined: bool = False  # whether cycles hold what only reads them
 
     @property
     def operations(self) -> list[Node]:
@@ -285,7 +287,7 @@ class Distribution:
             GraphModule(holder, graph), [self.starts[k] for k in carries], slices,
             [self.known[n] for n in fixed],
         )
-        cast(Node, made[0].args[0]).meta[TAKEN_APART] = True
+        cast(Node, made[0].args[0]).meta[JOINED if parts.joined else TAKEN_APART] = True
         for k, node in zip(carries, made, strict=False):
             self.finals[k] = node
         for node, lane in zip(

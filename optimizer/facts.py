@@ -250,10 +250,13 @@ def all_graphs(graph_module: GraphModule) -> Iterator[GraphModule]:
 
 
 class Facts:
-    """What a pass may ask of one graph, and whether it is to be differentiated (`training`)."""
+    """What a pass may ask of one graph: whether it is to be differentiated (`training`), and
+    whether a pass builds kernels of loops (`fuses`)."""
 
-    def __init__(self, graph_module: GraphModule, training: bool = False) -> None:
-        self.graph_module, self.training = graph_module, training
+    def __init__(
+        self, graph_module: GraphModule, training: bool = False, fuses: bool = False
+    ) -> None:
+        self.graph_module, self.training, self.fuses = graph_module, training, fuses
         self.constants: dict[Node, Tensor | None] = {}
 
     @cached_property

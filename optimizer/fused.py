@@ -26,20 +26,23 @@ from .loop import plain_loop
 from .packing import Lie, Plan, kernel_for, plan, step_sizes
 from .pointwise import Unsupported
 from .step import Counts, Sizes, checks, step_function
+from .triton_kernel import triton_kernel
 from .walk import backward, keep, result_sizes
 
 SMALL = 1 << 18  # elements; with fewer, threads cost more than they save (much on a busy machine)
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclasses, which may have a say
 DTYPES = {torch.float32: "run_float", torch.float64: "run_double"}
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32, rounded once
+PROBE = "int looplift_probe() { return 0; }"  # C++ that tells whether there is a compiler
 GPUS = ("cuda",)  # devices with Triton kernels
 KINDS = {(device, dtype) for device in ("cpu", *GPUS) for dtype in DTYPES}  # of a call's tensors
 
 
 def build_kernel(
-    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor]
+    step: str, carries: Sequence[Tensor], slices: Sequence[Tensor], invariants: Sequence[Tensor],
+    write_only: bool = False,
 ) -> None:
-    """Builds the kernel for such arguments.
+    """Builds the kernel for such arguments; or only writes it, where there is who would build it.
 
     Raises `Unsupported` with a reason where there is none, or none for its backward.
     """
@@ -50,14 +53,17 @@ def build_kernel(
     counts = held, read, _ = len(carries), len(slices), len(invariants)
     sizes = step_sizes(carries, slices, invariants)
     if device.type in GPUS:
-        builder, is_built = "Triton", triton_run.is_built(step, sizes, counts, dtype, device) \
-            and triton_run.is_built(*_differentiated(step, sizes, counts), dtype, device)
+        both = (step, sizes, counts), _differentiated(step, sizes, counts)
+        builder, is_built = "Triton", triton_run.is_there() and all(
+            triton_kernel(*one) if write_only else triton_run.is_built(*one, dtype, device)
+            for one in both)
     else:
         strides = [t.stride()[held <= k < held + read :] for k, t in enumerate(given)]
         chosen = kernel_for(step, tuple(map(Lie, sizes, strides)), counts)
         back, inner, backward_counts = _differentiated(step, sizes, counts)
         kernel_for(back, tuple(Lie(size, contiguous(size)) for size in inner), backward_counts)
-        builder, is_built = "C++ compiler", compiled(chosen.source) is not None
+        source = PROBE if write_only else chosen.source
+        builder, is_built = "C++ compiler", compiled(source) is not None
     if not is_built:
         raise Unsupported(f"there is no {builder} that builds the kernel")
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from .affine_step import at_once
 from .builder import Builder, duplicate, output_node, placeholders
 from .emit import sourced
-from .facts import aten, is_tensor, stacked_as, trips, value
+from .facts import aten, body_of, is_tensor, stacked_as, trips, value
 from .fused import HALVES
 from .integers import INTEGERS, fit
 from .lookups import RULES as LOOKUPS
@@ -27,7 +27,7 @@ from .pointwise import Unsupported, no_rule
 from .sink import Sunk, sunk
 from .step import CHECKED, placed
 from .systems import TELLING
-from .unroll import unrolled
+from .unroll import inner_trips, unrolled
 
 Tensors = Sequence[Tensor]
 Runs = Callable[[str, Tensors, Tensors, Tensors], None]  # raises Unsupported if it doesn't
@@ -36,7 +36,10 @@ NUMBERED = (torch.bool, *INTEGERS)  # dtypes whose values a kernel holds as floa
 PROMOTED = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
 BY_INTEGERS = (*LOOKUPS, aten.scatter.src, aten.scatter_reduce.two, aten.index_copy.default,
                aten.index_fill.int_Tensor, aten.take_along_dim.default)
+FIXED = 2  # greater whole numbers may be a length
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+FEW = 8  # steps: a kernel takes seconds to build
+FEWEST = 5  # iterations on one value: Newton–Schulz has no more
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,19 @@ def fusible(scan: Node, runs: Runs) -> Fusible | Unsupported:
         except Unsupported as error:
             reason = error
     return reason
+
+
+def missed(scan: Node) -> int | None:
+    """The number of steps that a scan lacks a kernel for, if it has fewer."""
+    fewest = FEWEST if only_iterates(scan) else FEW
+    steps = trips(scan) * max(inner_trips(body_of(scan)), default=1)
+    return fewest if steps < fewest else None
+
+
+def only_iterates(scan: Node) -> bool:
+    """Whether its steps read nothing of their own."""
+    carries, slices = (len(cast(list[Node], scan.args[k])) for k in (1, 2))
+    return not any(h.users for h in placeholders(body_of(scan))[carries : carries + slices])
 
 
 def all_at_once(step: str, carries: Tensors, slices: Tensors, invariants: Tensors) -> None:
@@ -272,8 +288,8 @@ def in_numbers(body: GraphModule) -> GraphModule:
 
 
 def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float | None, ...]]:
-    """The body with its fractions as its last arguments, and those numbers: a step of 1 / T is
-    then one kernel for all lengths, and the eps of an RMS norm that names none is its dtype's."""
+    """The body with its numbers as its last arguments, and these: a step of 1 / T is then one
+    kernel for all lengths, and the eps of an RMS norm that names none is its dtype's."""
     made = duplicate(body)
     found: dict[float | None, Node] = {}
 
@@ -286,8 +302,9 @@ def with_arguments(body: GraphModule) -> tuple[GraphModule, tuple[float | None, 
     for node in list(made.graph.nodes):
         if node.target is aten.rms_norm.default and (*node.args, None, None)[3] is None:
             _spell_out(node, argument(None))
-        for number in node.args if node.target in SCALED else ():
-            if isinstance(number, float) and not number.is_integer():
+        scales = node.target in SCALED and value(node).is_floating_point()
+        for number in node.args if scales else ():
+            if isinstance(number, (int, float)) and (number % 1 or abs(number) > FIXED):
                 node.args = tuple(argument(number) if a is number else a for a in node.args)
     return made, tuple(found)
 

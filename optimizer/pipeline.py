@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from torch.fx import GraphModule
@@ -22,6 +23,7 @@ from .waste import last_steps_apart, left_out, may_stay, wasting
 
 log = logging.getLogger(__name__)
 
+FUSING = "fuse-recurrences"  # the pass that builds kernels
 MOST_ROUNDS = 64  # a pass proposes again after its rewrites were applied, this often at most
 
 Group = tuple[str, str]
@@ -111,24 +113,25 @@ def _run(
     outcome: Outcome, captured: Capture, passes: Sequence[Pass], excluded: frozenset[Group],
     allowed: Allowed, training: bool = False,
 ) -> None:
+    look = partial(Facts, training=training, fuses=any(one.name == FUSING for one in passes))
     for one in passes:
         done: set[GraphModule] = set()
         while todo := [g for g in all_graphs(outcome.graph_module) if g not in done]:
             graph = todo[-1]  # bodies before the loops around them
             done.add(graph)
             with TRACING:
-                _run_pass(one, graph, captured, excluded, allowed, outcome, training)
+                _run_pass(one, graph, look, captured, excluded, allowed, outcome)
 
 
 def _run_pass(
-    one: Pass, graph: GraphModule, captured: Capture, excluded: frozenset[Group],
-    allowed: Allowed, outcome: Outcome, training: bool,
+    one: Pass, graph: GraphModule, look: Callable[[GraphModule], Facts], captured: Capture,
+    excluded: frozenset[Group], allowed: Allowed, outcome: Outcome,
 ) -> None:
     failed: set[tuple[str, str]] = set()
     for _ in range(MOST_ROUNDS):
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        for proposal in _proposals(one, Facts(graph, training)):
+        for proposal in _proposals(one, look(graph)):
             if isinstance(proposal, Skip):
                 skips.append(proposal)
             elif (proposal.at.name, str(proposal.line)) in failed or proposal.group in excluded:

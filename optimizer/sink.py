@@ -1,7 +1,8 @@
 """What a scan reads, computed in its steps instead of before them, where that reads less.
 
-`exp(dt·A)` of all steps may be sixteen times as large as `dt`. Pointwise operations and views
-that nothing but the scan needs move into its body, as long as the step then reads no more.
+`exp(dt·A)` of all steps may be sixteen times as large as `dt`. Pointwise operations, outer
+products and views that nothing but the scan needs move into its body, as long as the step then
+reads no more.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ class _Sinking:
     @staticmethod
     def _is_simple(node: Node) -> bool:
         target = node.target
-        return target in VIEWS or (isinstance(target, OpOverload) and Tag.pointwise in target.tags
-                                   and is_tensor(node) and value(node).dtype.is_floating_point)
+        pointwise = isinstance(target, OpOverload) and Tag.pointwise in target.tags
+        return target in VIEWS or _is_outer(node) or (
+            pointwise and is_tensor(node) and value(node).dtype.is_floating_point)
 
     def run(self) -> Sunk:
         body = body_of(self.scan)
@@ -124,6 +126,8 @@ class _Sinking:
             source = cast(Node, node.args[0])
             place = self._before_view(node, source, axis)
             return None if place is None else [(source, place)]
+        if _is_outer(node) and axis >= len(shape(node)) - 2:
+            return None
         found: list[tuple[Node, int | None]] = []
         for source in node.all_input_nodes:
             if not is_tensor(source):
@@ -231,3 +235,11 @@ class _Sinking:
         if sizes == [n for a, n in enumerate(shape(args[0])) if a != was]:
             return source
         return graph.call_function(aten.reshape.default, (source, sizes))
+
+
+def _is_outer(node: Node) -> bool:
+    """Whether a product sums nothing: it broadcasts its factors as a multiplication does."""
+    if node.target is not aten.matmul.default:
+        return False
+    sizes = [shape(n) for n in node.all_input_nodes]
+    return all(len(size) > 1 for size in sizes) and sizes[0][-1] == 1

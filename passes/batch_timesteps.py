@@ -9,7 +9,9 @@ After:
 Wins:
     One matrix product of T·B rows instead of T products of B rows; no per-step overhead for
     what is batched. Shared weights are batched by identity: more rows, never copies.
-    `slab` steps at a time where all of them would need too much memory.
+    `slab` steps at a time where all of them would need too much memory. Where a kernel runs the
+    recurrence, what reads its states stays with it if less is moved through memory so: `q @ S` of
+    a matrix of state S is never read from memory (see optimizer/together.py).
 Sound if:
     1. an operation is on no carry's cycle: no later step's carry that it depends on depends
        on it;
@@ -23,13 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from ..optimizer.distribute import Split, batchable, distribution, splits
+from ..optimizer.distribute import JOINED, Split, batchable, distribution, splits
 from ..optimizer.facts import Facts, source_line, trips
+from ..optimizer.fused import build_kernel
+from ..optimizer.fusible import Fusible, fusible, missed
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.separate import separable, separation
 from ..optimizer.slabs import in_slabs
+from ..optimizer.together import together
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,11 @@ class BatchTimesteps:
             if products:
                 yield separation(self.name, parts, products)
                 continue
+            kernels = facts.fuses and self.slab is None
+            if kernels and (joined := in_one_kernel(parts)) is not None:
+                if joined is not parts:
+                    yield distribution(self.name, joined)
+                continue
             if not batchable(parts) and is_one_cycle(parts):
                 reason = "every operation of the loop depends on the step before"
                 yield Skip(self.name, reason, source_line(parts.scan))
@@ -60,3 +71,16 @@ class BatchTimesteps:
 def is_one_cycle(parts: Split) -> bool:
     """Whether all carries depend on one another, so that there is nothing to take apart."""
     return len(parts.cycles) == 1 and len(parts.cycles[0]) == len(parts.carries)
+
+
+def in_one_kernel(parts: Split) -> Split | None:
+    """The split whose loops hold what reads their recurrences, too, if kernels will run them;
+    None where more is gained by running all of that once, or there is no kernel."""
+    if missed(parts.scan) is not None:
+        return None
+    if not parts.scan.meta.get(JOINED):
+        joined = together(parts)
+        if joined is None or batchable(joined):
+            return joined
+    runs = partial(build_kernel, write_only=True)
+    return parts if isinstance(fusible(parts.scan, runs), Fusible) else None

@@ -25,21 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from torch.fx import Node
 
-from ..optimizer.builder import Builder, placeholders
+from ..optimizer.builder import Builder
 from ..optimizer.distribute import replacing
 from ..optimizer.facts import Facts, body_of, is_random, is_scan, source_line, trips
 from ..optimizer.fused import build_kernel
-from ..optimizer.fusible import Fusible, call, fusible
+from ..optimizer.fusible import Fusible, call, fusible, missed
 from ..optimizer.pointwise import Unsupported
 from ..optimizer.rewrite import Rewrite, Skip
-from ..optimizer.unroll import inner_trips
-
-FEW = 8  # steps: a kernel takes seconds to build
-FEWEST = 5  # iterations on one value: Newton–Schulz has no more
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class FuseRecurrences:
         for scan in facts.operations:
             if not is_scan(scan) or only_draws(scan):
                 continue
-            fewest = FEWEST if only_iterates(scan) else FEW
-            if trips(scan) * max(inner_trips(body_of(scan)), default=1) < fewest:
+            if (fewest := missed(scan)) is not None:
                 if not facts.is_body:  # else the loop around it may yet take it into its kernel
                     reason = f"{trips(scan)} steps: a kernel is built for {fewest} and more"
                     yield Skip(self.name, reason, source_line(scan))
@@ -72,9 +67,3 @@ class FuseRecurrences:
 def only_draws(scan: Node) -> bool:
     """Whether its steps draw random numbers and no more."""
     return all(is_random(n) for n in body_of(scan).graph.nodes if n.op == "call_function")
-
-
-def only_iterates(scan: Node) -> bool:
-    """Whether its steps read nothing of their own."""
-    carries, slices = (len(cast(list[Node], scan.args[k])) for k in (1, 2))
-    return not any(h.users for h in placeholders(body_of(scan))[carries : carries + slices])

@@ -196,7 +196,7 @@ def euler_steps(m: Any, x: Tensor) -> Tensor:
     h, outputs = x[:, 0], []
     for t in range(x.shape[1]):
         h = h + (1.0 / (x.shape[1] + 1)) * torch.tanh(m.a(h)) + x[:, t] * x.shape[1] ** -0.5
-        outputs.append(h / x.shape[1] ** -0.5 - float(x.shape[1]))
+        outputs.append(h / x.shape[1] ** -0.5 - float(x.shape[1]) + h / x.shape[1])
     return torch.stack(outputs, 1)
 
 

@@ -422,7 +422,7 @@ def zoneout(m: Any, x: Tensor) -> Tensor:
     h, c, outputs = x[:, 0], x[:, 0], []
     for t in range(x.shape[1]):
         h = h + F.dropout(torch.tanh(m.a(h) + x[:, t]) - h, 0.1)
-        c = c + F.dropout(h * m.decay - c, 0.2) + 0.1 * torch.randn_like(c)
+        c = c + F.dropout(m.b(h) - c, 0.2) + 0.1 * torch.randn_like(c)
         outputs.append(h + c)
     return torch.stack(outputs, 1)
 
