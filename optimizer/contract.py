@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -219,6 +219,10 @@ class _Outputs:
         size = max((1 + int(p.max()) for p in places.values() if p.numel()), default=0)
         memory = self.build.call(aten.new_zeros.default, self.now[group[0]], [size])
         covered = torch.zeros(size, dtype=torch.bool)
+
+        def table(numbers: Iterable[int]) -> Node:
+            return self.build.table(list(numbers), value(memory).device, torch.int64)
+
         for k in sorted(group, key=lambda k: -value(self.now[k]).numel()):
             own = places[k]
             if covered[own].all():
@@ -228,8 +232,12 @@ class _Outputs:
                     "two outputs share a part of their memory, but neither all of it")
             covered[own] = True
             flat = self.build.reshape(self.now[k], [own.numel()])
-            index = self.build.table(own.tolist(), value(memory).device, torch.int64)
-            memory = self.build.call(aten.index_copy.default, memory, 0, index, flat)
+            firsts: dict[int, int] = {}
+            for i, place in enumerate(own.tolist()):
+                firsts.setdefault(place, i)
+            if len(firsts) < own.numel():  # expanded: each element once, or its gradient doubles
+                flat = self.build.call(aten.index_select.default, flat, 0, table(firsts.values()))
+            memory = self.build.call(aten.index_copy.default, memory, 0, table(firsts), flat)
         for k in group:
             was = self.before[k]
             self.now[k] = self.build.call(aten.as_strided.default, memory, list(was.shape),

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import _lru_cache_wrapper, lru_cache, partial, wraps
+from operator import and_
 from textwrap import dedent
 from typing import Any, TypeVar, cast
 
@@ -206,6 +207,30 @@ def reshaped(graph_module: GraphModule) -> None:
 
 
 @remembered
+def flows(source: str, sizes: tuple[Sizes, ...]) -> list[tuple[bool, ...]]:
+    """By argument, which results of a step have a gradient where that argument alone has."""
+    step, found = step_function(source), []
+    for place in range(len(sizes)):
+        given = [x.requires_grad_(k == place) for k, x in enumerate(halves(sizes))]
+        with torch.enable_grad(), Early():
+            found.append(tuple(made.requires_grad for made in step(*given)))
+    return found
+
+
+def reaching(
+    source: str, sizes: tuple[Sizes, ...], carries: int, read: Sequence[bool]
+) -> list[bool]:
+    """Which arguments have a gradient of the results of many steps that are `read`."""
+    flow, read = flows(source, sizes), list(read)
+    while True:
+        found = [any(map(and_, one, read)) for one in flow]
+        after = [a or b for a, b in zip(read, found[:carries], strict=False)]
+        if after == read[:carries]:
+            return found
+        read[:carries] = after
+
+
+@remembered
 def differentiable(
     source: str, sizes: tuple[Sizes, ...], carries: int, wanted: tuple[bool, ...], steps: int
 ) -> tuple[bool, ...]:
@@ -213,12 +238,11 @@ def differentiable(
 
     A spike, `(v > 1).to(v)`, has none. After a step more than there are carries nothing changes.
     """
-    step = step_function(source)
+    flow = flows(source, sizes)
 
     def results(flags: Sequence[bool]) -> list[bool]:
-        given = [x.requires_grad_(flag) for x, flag in zip(halves(sizes), flags, strict=True)]
-        with torch.enable_grad(), Early():
-            return [made.requires_grad for made in step(*given)]
+        reached = [found for found, flag in zip(flow, flags, strict=True) if flag]
+        return [any(column) for column in zip(*reached, strict=True)] or [False] * len(flow[0])
 
     states, rest, outputs = list(wanted[:carries]), wanted[carries:], []
     for _ in range(steps):

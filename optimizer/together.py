@@ -89,7 +89,8 @@ class _Together:
                 return level
 
     def _may_stay(self, node: Node) -> bool:
-        if not isinstance(node.target, OpOverload) or not is_tensor(node) or is_random(node):
+        if not isinstance(node.target, OpOverload) or not is_tensor(node) or is_random(node) \
+                or node.target is aten.detach.default:  # in a kernel, zeros would be gradients
             return False
         return is_view(node) or Tag.pointwise in node.target.tags or node.target in SIMPLE \
             or (node.target in PRODUCTS and self._is_narrow(node))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import and_
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .step import (
     Sizes,
     differentiable,
     over_steps,
+    reaching,
     remembered,
     step_function,
     traced,
@@ -86,7 +88,7 @@ class _Course:
 
     `shown`: the carries that the step returns; `hidden`: those to be computed again; `zeros`: the
     sizes of those whose last value has no gradient; `beside`: numbers of one step that are in
-    memory beside the gradients.
+    memory beside the gradients; `has`: which carries have a gradient before the first step.
     """
 
     back: Backward
@@ -94,6 +96,7 @@ class _Course:
     hidden: tuple[int, ...]
     zeros: dict[int, Sizes]  # by number
     beside: int
+    has: tuple[bool, ...]
 
 
 @lru_cache(maxsize=512)
@@ -105,6 +108,8 @@ def _course(
     results have some."""
     held = counts[0]
     there = shown(step, sizes, held)
+    reached = reaching(step, sizes, held, given)
+    wanted = tuple(map(and_, wanted, reached))
     without = frozenset(k for k, has in enumerate(given[held:]) if not has)
     updates = unread(step, sizes, counts, given)
     back = backward_of(step, sizes, counts, wanted, without, tuple(updates.items()))
@@ -116,7 +121,7 @@ def _course(
                                                        strict=False) if name.startswith("before"))
     beside += sum(math.prod(sizes[k]) for k in (*back.histories, *hidden))
     beside += sum(math.prod(sizes[0]) for name in back.outputs if name.startswith("factor"))
-    return _Course(back, there, hidden, zeros, beside)
+    return _Course(back, there, hidden, zeros, beside, tuple(reached[:held]))
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class _Walk:
                       for k, g in enumerate(grads) if g is not None}
         self.grads |= {k: self.carries[0].new_zeros(size) for k, size in course.zeros.items()}
 
-    def run(self, whole: bool) -> tuple[list[Tensor], list[Any], list[Any]]:
+    def run(self, whole: bool) -> tuple[list[Any], list[Any], list[Any]]:
         held, read, fixed = self.counts
         back, like = self.course.back, self.carries[0]
         most: int = CHUNK // max(self.course.beside * like.element_size(), 1)
@@ -186,7 +191,8 @@ class _Walk:
         order = 1 if self.reverse else -1
         joined = {name: found[0] if len(found) == 1 else torch.cat(found[::order])
                   for name, found in parts.items()}
-        return carried[:held], [joined.get(n) for n in names], \
+        starts = [g if has else None for g, has in zip(carried, self.course.has, strict=False)]
+        return starts, [joined.get(n) for n in names], \
             [totals.get(k) for k in range(fixed)]
 
     def _spans(self, chunk: int) -> list[_Span]:

@@ -69,8 +69,8 @@ class BatchTimesteps:
 
 
 def is_one_cycle(parts: Split) -> bool:
-    """Whether all carries depend on one another, so that there is nothing to take apart."""
-    return len(parts.cycles) == 1 and len(parts.cycles[0]) == len(parts.carries)
+    """Whether all carries are of one cycle, so that there is nothing to take apart."""
+    return any(len(cycle) == len(parts.carries) for cycle in parts.cycles)
 
 
 def in_one_kernel(parts: Split) -> Split | None:
@@ -80,7 +80,7 @@ def in_one_kernel(parts: Split) -> Split | None:
         return None
     if not parts.scan.meta.get(JOINED):
         joined = together(parts)
-        if joined is None or batchable(joined):
+        if joined is None or batchable(joined) or not is_one_cycle(joined):
             return joined
     runs = partial(build_kernel, write_only=True)
     return parts if isinstance(fusible(parts.scan, runs), Fusible) else None

@@ -951,3 +951,20 @@ def test_steps_that_are_alike_after_many_trips(run: Any) -> None:
     outcome = run(Model(clockwork), (torch.randn(2, 43, 4),), [RerollLoops()])
     made = [a.summary for a in outcome.applied]
     assert any(summary.startswith("4 × ") for summary in made), made  # of ten steps each
+
+
+def test_an_expanded_result_of_one_memory_with_another_has_its_gradient(equal: Any) -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = x[:, 0], []
+        for t in range(x.shape[1]):
+            h = torch.tanh(h * 0.9 + x[:, t])
+            outputs.append(h.sum(-1, keepdim=True).expand(2, 3))
+        return torch.stack(outputs, 1), outputs[-1]
+
+    model, x = Model(forward), torch.randn(2, 10, 4)
+    fast = equal(model, (x,), mode="training")
+    found = []
+    for run in (model, fast):
+        given = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(sum(y.sin().sum() for y in run(given)), given))
+    torch.testing.assert_close(found[1], found[0])

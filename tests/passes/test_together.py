@@ -13,6 +13,7 @@ from looplift.optimizer import fused
 from looplift.optimizer.facts import is_kernel
 from looplift.tests import recurrences
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 STATEFUL = ("GatedDeltaRule", "GatedLinearAttention", "Rwkv6", "SelectiveScan", "MatrixLstm")
 
@@ -20,14 +21,14 @@ STATEFUL = ("GatedDeltaRule", "GatedLinearAttention", "Rwkv6", "SelectiveScan", 
 class Model(nn.Module):
     """A matrix of state, written and read by what the input is projected to."""
 
-    def __init__(self, loop: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, loop: Callable[..., Any]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.loop, self.into, self.out = loop, nn.Linear(8, 24), nn.Linear(8, 3)
         self.decay, self.inside = nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.loop(self, x)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.loop(self, *inputs)
 
 
 def read(m: Any, x: Tensor) -> Tensor:
@@ -85,6 +86,42 @@ def delayed(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def with_one_that_nobody_reads(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    a, b, outputs = torch.zeros(2, 8), torch.zeros(2, 8), []
+    for t in range(x.shape[1]):
+        a, b = torch.tanh(a * m.decay + x[:, t]), torch.tanh(b + y[:, t])
+        outputs.append(a.unsqueeze(-1) * x[:, t].unsqueeze(1))
+    return (torch.stack(outputs, 1),)
+
+
+def detached(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    a, outputs = torch.zeros(2, 8), []
+    for t in range(x.shape[1]):
+        a = torch.tanh(a * m.decay + x[:, t])
+        outputs.append((a.detach() * y[:, t]).sum(-1))
+    return (torch.stack(outputs, 1),)
+
+
+def as_masks(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    a, b, outputs, masks = torch.zeros(2, 8), torch.zeros(2, 8), [], []
+    for t in range(x.shape[1]):
+        a, b = torch.tanh(a + x[:, t]), 0.5 * b + y[:, t]
+        outputs.append((a * (b > 0)).sum(-1))
+        masks.append((a.sign() * b.detach()).sum(-1))
+    return torch.stack(outputs, 1), torch.stack(masks, 1)
+
+
+def one_way(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The first result depends on `x` alone, and the last on both."""
+    a, b, outputs, others = torch.zeros(2, 8), torch.zeros(2, 8), [], []
+    for t in range(x.shape[1]):
+        a = torch.tanh(a + x[:, t])
+        b = torch.tanh(b * m.decay + y[:, t] + a)
+        outputs.append(a.sum(-1))
+        others.append(b.sum(-1))
+    return torch.stack(outputs, 1), torch.stack(others, 1), a, b
+
+
 def largest(fast: looplift.OptimizedModule) -> int:
     assert fast.graph_module is not None
     made = [n.meta["val"] for n in fast.graph_module.graph.nodes if "val" in n.meta]
@@ -134,3 +171,19 @@ def test_without_a_kernel_all_steps_are_read_at_once(equal: Any) -> None:
         [_, *loops] = fast.code.split("for ")
         body = loops[0].split("del ")[0]
         assert not [name for name in ("sum", "@", "matmul") if name in body], fast.code
+
+
+@pytest.mark.parametrize("loop", [with_one_that_nobody_reads, detached, as_masks, one_way])
+def test_what_has_no_gradient_of_a_result_gets_none(loop: Callable[..., Any], equal: Any) -> None:
+    model, inputs = Model(loop), (torch.randn(2, 12, 8), torch.randn(2, 12, 8))
+    fast = equal(model, inputs, mode="training")
+    assert len(kernels(fast)) == 1, fast.code
+    given = [t.requires_grad_() for t in inputs]
+    for want, got in zip(model(*given), fast(*given), strict=True):
+        assert_close(got, want)
+        assert got.requires_grad == want.requires_grad
+        if want.requires_grad:
+            grads = [torch.autograd.grad(y.sum(), [*given, model.decay], allow_unused=True,
+                                         retain_graph=True) for y in (want, got)]
+            assert [g is None for g in grads[1]] == [g is None for g in grads[0]]
+            assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
