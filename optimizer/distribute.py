@@ -331,9 +331,10 @@ def preferred_axis(scan: Node) -> int:
 
 
 def batchable(parts: Split) -> list[Node]:
-    """The operations off every cycle that do more than make a value, or view one."""
-    return [n for n in parts.operations
-            if n not in parts.on_cycle and not is_view(n) and n.all_input_nodes]
+    """The operations off every cycle that do more than make a value, unless by chance, or view
+    one."""
+    return [n for n in parts.operations if n not in parts.on_cycle and not is_view(n)
+            and (n.all_input_nodes or is_random(n))]
 
 
 def splits(facts: Facts) -> Iterator[Split]:

@@ -69,8 +69,9 @@ class BatchTimesteps:
 
 
 def is_one_cycle(parts: Split) -> bool:
-    """Whether all carries are of one cycle, so that there is nothing to take apart."""
-    return any(len(cycle) == len(parts.carries) for cycle in parts.cycles)
+    """Whether all carries are of one cycle, and nothing is on another, such as random numbers."""
+    return len(set(parts.on_cycle.values())) <= 1 and any(
+        len(cycle) == len(parts.carries) for cycle in parts.cycles)
 
 
 def in_one_kernel(parts: Split) -> Split | None:

@@ -86,6 +86,22 @@ def delayed(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def noisy(m: Any, x: Tensor) -> Tensor:
+    state, outputs = torch.zeros(2, 8), []
+    for t in range(x.shape[1]):
+        state = torch.tanh(state * m.decay + x[:, t] + torch.randn_like(state))
+        outputs.append(state.square().sum(-1))
+    return torch.stack(outputs, 1)
+
+
+def alone(m: Any, x: Tensor) -> Tensor:
+    """Nothing but a recurrence, with noise."""
+    state = torch.zeros(2, 8)
+    for _ in range(x.shape[1]):
+        state = torch.tanh(state * m.decay + torch.randn_like(state))
+    return state
+
+
 def with_one_that_nobody_reads(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     a, b, outputs = torch.zeros(2, 8), torch.zeros(2, 8), []
     for t in range(x.shape[1]):
@@ -152,7 +168,7 @@ def test_projections_run_once_and_reads_stay(mode: str, equal: Any) -> None:
 
 @pytest.mark.parametrize(("loop", "count"), [
     (two_layers, 2),  # with a product with weights between them
-    (two_gates, 1), (delayed, 1),
+    (two_gates, 1), (delayed, 1), (noisy, 1), (alone, 1),
     (mean_so_far, 0),  # one cumulative sum
     (sorted_state, 0),
 ])
