@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from .builder import Builder, fake_result
-from .facts import WRITES, aten, is_op, is_tensor, shape, value
+from .facts import WRITES, aten, is_op, is_tensor, shape, value, with_leaves
 from .fold import Loop, Write, position
 from .interleave import write_windows
 from .normal_rules import FILLED_LIKE, filled_with
@@ -138,7 +137,7 @@ class _Assembly:
         if (placed := position(self.loop, place)) is not None:
             return self._placed(place, node, *placed)
         leaves = [self._argument(node, s) for s in self.loop.sources[place]]
-        args, kwargs = pytree.tree_unflatten(leaves, self.loop.specs[place])
+        args, kwargs = with_leaves(self.loop.forms[place], leaves)
         if (made := self._by_size(node, args, kwargs)) is not None:
             return made
         if any(isinstance(s, Varying) and not isinstance(s.items[0], Node)

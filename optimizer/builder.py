@@ -19,7 +19,18 @@ from torch.fx.node import map_arg
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from .facts import SCAN, aten, body_of, has_body, is_op, only_last, shape, stacked_as, value
+from .facts import (
+    SCAN,
+    aten,
+    body_of,
+    flat_arguments,
+    has_body,
+    is_op,
+    only_last,
+    shape,
+    stacked_as,
+    value,
+)
 from .loop import plain_loop
 
 COMPUTED = "computed"  # from what, and the result
@@ -193,7 +204,7 @@ def note_computed(node: Node) -> None:
 def _sources(node: Node, exact: bool) -> list[Any]:
     """What the fake result of `node` depends on."""
     leaves = [n.meta.get("val") if isinstance(n, Node) else n
-              for n in pytree.tree_leaves((node.args, node.kwargs))]
+              for n in flat_arguments(node)[0]]
     if has_body(node):
         results = cast(tuple[Node, ...], output_node(body_of(node)).args[0])
         leaves += [exact, *map(value, results)]

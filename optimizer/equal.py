@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from .builder import Builder, output_node, placeholders
 from .facts import (
     aten,
     body_of,
+    flat_arguments,
     is_kernel,
     is_op,
     is_pure,
@@ -118,9 +118,9 @@ def _merge(graph_module: GraphModule, calls: Sequence[Node], mode: FakeTensorMod
 
 def _computed(graph_module: GraphModule, node: Node, first: dict[Node, Node]) -> Any:
     """What a node computes, of what; the `first` of equal nodes stands for all."""
-    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    leaves, form = flat_arguments(node)
     target = node.target if node.op == "call_function" else _held(graph_module, node)
-    return (node.op, target, repr(spec), tuple(
+    return (node.op, target, repr(form), tuple(
         first.get(n, n) if isinstance(n, Node) else (type(n).__name__, repr(n)) for n in leaves
     ))
 

@@ -11,11 +11,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from .affine import progression
 from .facts import READS, WRITES, aten, is_inexact, is_op, is_tensor, value
@@ -44,7 +43,7 @@ class Loop:
 
     stretch: Stretch
     sources: list[list[Source]]
-    specs: list[pytree.TreeSpec]
+    forms: list[Any]  # what holds the arguments of each place
     reads: dict[int, list[Link]] = field(default_factory=dict)
     fixed_reads: dict[int, list[Link]] = field(default_factory=dict)  # of the same place always
     read_base: dict[int, Node] = field(default_factory=dict)
@@ -77,7 +76,7 @@ def fold(operations: Sequence[Node], period: int) -> Loop:
             if user not in stretch.place and user < operations[-1]:  # and nothing moves across it
                 raise Misfit("an autocast region begins or ends in every trip", user)
     classed = [stretch.sources(place) for place in range(period)]
-    loop = Loop(stretch, [s for s, _ in classed], [spec for _, spec in classed])
+    loop = Loop(stretch, [s for s, _ in classed], [form for _, form in classed])
     for place in range(period):
         column = stretch.column(place)
         used = [i for i, n in enumerate(column) if any(u not in stretch.place for u in n.users)]

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from .builder import duplicate, fake_result
-from .facts import all_graphs, body_of, has_body, source_line, value
+from .facts import (
+    all_graphs,
+    body_of,
+    flat_arguments,
+    has_body,
+    source_line,
+    value,
+    with_leaves,
+)
 from .formula import Formula, Function, Lengths, Samples, agree, at, shown
 
 Place = tuple[tuple[str, ...], str]  # a node: the bodies it is in, and its name
@@ -159,11 +166,11 @@ class General:
         for node in graph_module.graph.nodes:
             place = (path, node.name)
             if place in self.numbers:
-                leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-                node.args, node.kwargs = pytree.tree_unflatten([
+                leaves, form = flat_arguments(node)
+                node.args, node.kwargs = with_leaves(form, (
                     leaf if given is None else number(given, leaf)
                     for given, leaf in zip(self.numbers[place], leaves, strict=True)
-                ], spec)
+                ))
             if place in self.constants:
                 name = str(node.target)
                 made = table(getattr(graph_module, name), self.constants[place])
@@ -249,8 +256,8 @@ def _unify_arguments(
     found: General, samples: Samples, nodes: Sequence[Node], places: Sequence[dict[Node, int]],
     path: tuple[str, ...],
 ) -> None:
-    flat, specs = zip(*(pytree.tree_flatten((n.args, dict(n.kwargs))) for n in nodes), strict=True)
-    if not agree(specs):
+    flat, forms = zip(*map(flat_arguments, nodes), strict=True)
+    if not agree(forms):
         raise NotOneProgram(f"at {source_line(nodes[0])} {nodes[0].target} takes other arguments "
                             "at other lengths")
     given: list[Any] = []

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from .facts import is_tensor
+from .facts import flat_arguments, is_tensor
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,15 @@ class Stretch:
         """Operation `place` of each trip."""
         return list(self.operations[place :: self.period])
 
-    def sources(self, place: int) -> tuple[list[Source], pytree.TreeSpec]:
-        """The class of each argument of operation `place`, flat, and how to unflatten them."""
+    def sources(self, place: int) -> tuple[list[Source], Any]:
+        """The class of each argument of operation `place`, flat, and what holds them."""
         column = self.column(place)
-        flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in column]
-        spec = flat[0][1]
-        if any(other != spec for _, other in flat):
+        flat = [flat_arguments(node) for node in column]
+        form = flat[0][1]
+        if any(other != form for _, other in flat):
             raise Misfit("the arguments differ in structure from trip to trip", column[0])
         slots = zip(*(leaves for leaves, _ in flat), strict=True)
-        return [self._source(column, slot) for slot in slots], spec
+        return [self._source(column, slot) for slot in slots], form
 
     def _source(self, column: list[Node], slot: tuple[Any, ...]) -> Source:
         if not isinstance(slot[-1], Node):

@@ -43,6 +43,7 @@ from ..optimizer.facts import (
     aten,
     body_of,
     bytes_of,
+    flat_arguments,
     is_op,
     is_random,
     is_scan,
@@ -271,12 +272,12 @@ def tokens(operations: Sequence[Node]) -> list[int]:
 def token(node: Node) -> Any:
     """The operation, the structure and constants of its arguments, its results' shapes."""
     placed = is_op(node, *READS, *WRITES) or bool(scheduled(node))
-    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    leaves, form = flat_arguments(node)
     number = filled(node)
     abstract = tuple(int if k == number else _leaf(leaf, placed) for k, leaf in enumerate(leaves))
     results, _ = pytree.tree_flatten(node.meta.get("val"))
     shapes = tuple(f"{r.dtype}{tuple(r.shape)}" if isinstance(r, Tensor) else "" for r in results)
-    return (node.target, repr(spec) if len(leaves) > 8 else spec, abstract, shapes)
+    return (node.target, repr(form), abstract, shapes)
 
 
 def _leaf(leaf: Any, placed: bool) -> Any:
