@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import Any, cast
 
 import torch
 from torch.fx import Node
 
+from .equation import spelled_out
 from .facts import argument, aten, shape, value
 from .lane import Lane, Lanes, Operand, Outcome, Rule
 
@@ -104,25 +106,17 @@ def _addmm(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _einsum(b: Lanes, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
-    equation, operands = cast(str, args[0]).replace(" ", ""), args[1]
-    if "->" not in equation or len(args) > 2:
+    if len(args) > 2:  # a path
         return None
-    left, right = equation.split("->")
-    letter = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWV" if c not in equation)
-    terms = [
-        _inserted(term, letter, o.axis) if isinstance(o, Lane) else term
-        for term, o in zip(left.split(","), operands, strict=True)
-    ]
-    if any("..." in t for t in (left, right)):
-        terms = [letter + term if isinstance(o, Lane) else term
-                 for term, o in zip(left.split(","), operands, strict=True)]
-        nodes = [b.at(o, 0) if isinstance(o, Lane) else o for o in operands]
-        made = b.call(node.target, f"{','.join(terms)}->{letter}{right}", nodes)
-        return Lane(made, 0)
-    nodes = [o.node if isinstance(o, Lane) else o for o in operands]
-    axis = b.place(len(right))
-    return Lane(b.call(node.target, f"{','.join(terms)}->{_inserted(right, letter, axis)}", nodes),
-                axis)
+    nodes = [o.node if isinstance(o, Lane) else o for o in args[1]]
+    ranks = [o.rank if isinstance(o, Lane) else len(shape(o)) for o in args[1]]
+    terms, out = spelled_out(cast(str, args[0]), ranks)
+    letter = next(c for c in reversed(ascii_lowercase) if c not in "".join((out, *terms)))
+    terms = [_inserted(term, letter, o.axis) if isinstance(o, Lane) else term
+             for term, o in zip(terms, args[1], strict=True)]
+    axis = b.place(len(out))
+    equation = f"{','.join(terms)}->{_inserted(out, letter, axis)}"
+    return Lane(b.call(node.target, equation, nodes), axis)
 
 
 def _inserted(term: str, letter: str, place: int) -> str:

@@ -346,7 +346,9 @@ def splits(facts: Facts) -> Iterator[Split]:
 
 def distribution(pass_name: str, parts: Split) -> Rewrite:
     """The rewrite that distributes a scan, in the name of a pass."""
-    summary = f"{trips(parts.scan)} × ({counted(batchable(parts)) or 'views'}) → 1"
+    gone = batchable(parts)
+    summary = f"{trips(parts.scan)} × ({counted(gone)}) → 1" if gone else \
+        f"a loop of {trips(parts.scan)} steps, taken apart"
     made = replacing(pass_name, summary, parts.scan, lambda b: Distribution(parts, b).run())
     return replace(made, reorders_random=parts.reorders)
 

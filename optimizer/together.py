@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 from torch import Tag
 from torch._ops import OpOverload
@@ -21,6 +22,7 @@ from torch.fx import Node
 from .builder import output_node
 from .cycles import reached_by
 from .distribute import Split
+from .equation import longest, spelled_out
 from .facts import aten, bytes_of, is_op, is_random, is_tensor, is_view, shape, value
 
 ENOUGH = 0.8  # of the bytes that are moved otherwise: with more, nothing stays
@@ -36,7 +38,7 @@ def together(parts: Split) -> Split | None:
     if not found.free and len(parts.cycles) < 2:
         return None
     kept = found.kept()
-    return None if kept is None else found.split(kept)
+    return None if kept is None else found.joined(kept)
 
 
 class _Together:
@@ -102,9 +104,9 @@ class _Together:
             return False
         count = value(node).numel() * shape(operands[0])[-1]
         if is_op(node, aten.einsum.default):
-            terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")
-            count = math.prod({letter: size for term, n in zip(terms, operands, strict=False)
-                               for letter, size in zip(term, shape(n), strict=False)}.values())
+            given = cast(list[Node], node.args[1])
+            terms, _ = spelled_out(str(node.args[0]), [len(shape(n)) for n in given])
+            count = math.prod(longest(terms, map(shape, given)).values())
         return count <= WIDE * max(value(n).numel() for n in operands)
 
     def kept(self) -> set[Node] | None:
@@ -120,8 +122,8 @@ class _Together:
             graph.add_edges_from((node, n) for n in self._beside(node) if n in self.free)
             otherwise += cost
         for node in filter(is_tensor, (*self.cycle, *self.free)):
-            readers = [n for n in self._readers(node) if self.cycle.get(n) is None
-                       or self.cycle[n] != self.cycle.get(node)]
+            readers = [n for n in self._readers(node)
+                       if self.cycle.get(n, -1) != self.cycle.get(node)]
             if not readers:
                 continue
             if node in self.cycle:
@@ -144,7 +146,7 @@ class _Together:
         if node in self.parts.outputs or node in lasting:
             yield output_node(self.parts.body)
 
-    def split(self, kept: set[Node]) -> Split | None:
+    def joined(self, kept: set[Node]) -> Split | None:
         """The split whose cycles are those that `kept` operations join; None if it is the same."""
         import networkx as nx
 
@@ -154,13 +156,13 @@ class _Together:
                 graph.add_edge(node, self.cycle[node])
             graph.add_edges_from((node, n) for n in self._beside(node)
                                  if n in self.cycle or n in kept)
-        for joined in nx.connected_components(graph):
-            first, *others = sorted(n for n in joined if isinstance(n, int))
+        for part in nx.connected_components(graph):
+            first, *others = sorted(n for n in part if isinstance(n, int))
             if all(map(self._is_sum, (first, *others))):
                 continue
             for number in others:
                 cycles[first], cycles[number] = cycles[first] | cycles[number], frozenset()
-            on_cycle |= dict.fromkeys((n for n in joined if isinstance(n, Node)
+            on_cycle |= dict.fromkeys((n for n in part if isinstance(n, Node)
                                        and n.op == "call_function"), first)
         if on_cycle == self.parts.on_cycle:
             return None

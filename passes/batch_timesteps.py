@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+from torch.fx import Node
+
 from ..optimizer.distribute import JOINED, Split, batchable, distribution, splits
 from ..optimizer.facts import Facts, source_line, trips
 from ..optimizer.fused import build_kernel
@@ -53,11 +55,14 @@ class BatchTimesteps:
             if products:
                 yield separation(self.name, parts, products)
                 continue
-            kernels = facts.fuses and self.slab is None
-            if kernels and (joined := in_one_kernel(parts)) is not None:
-                if joined is not parts:
+            if facts.fuses and self.slab is None and missed(parts.scan) is None:
+                whole = JOINED in parts.scan.meta
+                joined = None if whole else together(parts)
+                if joined and (batchable(joined) or not is_one_cycle(joined)):
                     yield distribution(self.name, joined)
-                continue
+                    continue
+                if (whole or joined) and is_one_kernel(parts.scan):
+                    continue  # all of the loop stays in it
             if not batchable(parts) and is_one_cycle(parts):
                 reason = "every operation of the loop depends on the step before"
                 yield Skip(self.name, reason, source_line(parts.scan))
@@ -74,14 +79,6 @@ def is_one_cycle(parts: Split) -> bool:
         len(cycle) == len(parts.carries) for cycle in parts.cycles)
 
 
-def in_one_kernel(parts: Split) -> Split | None:
-    """The split whose loops hold what reads their recurrences, too, if kernels will run them;
-    None where more is gained by running all of that once, or there is no kernel."""
-    if missed(parts.scan) is not None:
-        return None
-    if not parts.scan.meta.get(JOINED):
-        joined = together(parts)
-        if joined is None or batchable(joined) or not is_one_cycle(joined):
-            return joined
-    runs = partial(build_kernel, write_only=True)
-    return parts if isinstance(fusible(parts.scan, runs), Fusible) else None
+def is_one_kernel(scan: Node) -> bool:
+    """Whether a kernel can run the loop as it is."""
+    return isinstance(fusible(scan, partial(build_kernel, write_only=True)), Fusible)

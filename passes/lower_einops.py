@@ -25,6 +25,7 @@ import opt_einsum
 from torch.fx import Node
 
 from ..optimizer.builder import Builder
+from ..optimizer.equation import longest, spelled_out
 from ..optimizer.facts import Facts, aten, is_op, shape, source_line, value
 from ..optimizer.rewrite import Rewrite, Skip
 
@@ -47,27 +48,6 @@ class LowerEinops:
             contraction = Contraction(tuple(terms), out, tuple(operands))
             yield Rewrite(self.name, f"einsum {equation!r} → {contraction.shown}",
                           source_line(node), node, (node,), contraction.build)
-
-
-def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """The terms and the result of an equation, with letters for `...` and for an implied result."""
-    equation = equation.replace(" ", "")
-    left, arrow, out = equation.partition("->")
-    terms = left.split(",")
-    if not arrow:
-        letters = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
-        out = ("..." if "..." in left else "") + "".join(letters)
-    free = [c for c in map(chr, [*range(65, 91), *range(97, 123)]) if c not in equation]
-    hidden = max(
-        (rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True)
-         if "..." in t), default=0
-    )
-    dots = "".join(free[:hidden])
-    spelled = [
-        t.replace("...", dots[hidden - (rank - len(t.replace("...", ""))):] if "..." in t else "")
-        for t, rank in zip(terms, ranks, strict=True)
-    ]
-    return spelled, out.replace("...", dots)
 
 
 @dataclass(frozen=True)
@@ -101,13 +81,9 @@ class Contraction:
             nodes.append(node)
         return [arranged(build, *summed(build, terms[0], nodes[0], set(self.out)), self.out)]
 
-
     def _without_ones(self, build: Builder) -> tuple[list[str], list[Node]]:
         """The operands without axes of one that are longer in another, along which they repeat."""
-        size: dict[str, int] = {}
-        for term, node in zip(self.terms, self.operands, strict=True):
-            for letter, length in zip(term, shape(node), strict=True):
-                size[letter] = max(length, size.get(letter, 0))
+        size = longest(self.terms, map(shape, self.operands))
         terms, nodes = [], []
         for term, node in zip(self.terms, self.operands, strict=True):
             kept = [c for c, n in zip(term, shape(node), strict=True) if n == size[c] or n == 0]

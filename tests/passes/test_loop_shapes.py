@@ -350,6 +350,14 @@ def einsum(m: Any, x: Tensor) -> Tensor:
 
 
 @shape()
+def einsum_of_implied_letters(m: Any, x: Tensor) -> Tensor:
+    tall = x[..., None] * x[:, :, None]
+    return torch.stack([torch.einsum("...j,jk", tall[:, t], m.a.weight)
+                        + torch.einsum("b...j,bj", tall[:, t], x[:, t])[..., None]
+                        for t in range(x.shape[1])], -1)
+
+
+@shape()
 def attention(m: Any, x: Tensor) -> Tensor:
     window = [x[:, None, t : t + 2] for t in range(x.shape[1] - 1)]
     return torch.stack([torch.softmax(w @ w.transpose(-1, -2), -1) @ w for w in window], 1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from looplift.models import hyper_connections
 from looplift.optimizer.facts import aten, is_op
-from looplift.passes.lower_einops import LowerEinops, spelled_out
+from looplift.passes.lower_einops import LowerEinops
 from torch import Tensor, nn
 
 EQUATIONS = (
@@ -96,11 +96,6 @@ def test_hyper_connections_are_left_without_einsum(run: Any, golden: Any) -> Non
     outcome = run(hyper_connections.model("tiny"), hyper_connections.example_inputs("tiny"))
     assert not any(is_op(n, aten.einsum.default) for n in outcome.graph_module.graph.nodes)
     golden("hyper_connections", outcome)
-
-
-def test_spelled_out() -> None:
-    assert spelled_out("...i,ij", [3, 2]) == (["ABi", "ij"], "ABj")
-    assert spelled_out("ba", [2]) == (["ba"], "ab")
 
 
 @pytest.mark.parametrize(("equation", "shapes"), [
