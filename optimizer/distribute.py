@@ -69,9 +69,13 @@ class Split:
 
 def split(scan: Node) -> Split:
     """Which operations of `scan`'s body lie on which cycle."""
-    body = body_of(scan)
-    heads = placeholders(body)
     held, sliced = (len(cast(list[Node], scan.args[i])) for i in (1, 2))
+    return split_body(scan, body_of(scan), held, sliced)
+
+
+def split_body(scan: Node, body: GraphModule, held: int, sliced: int) -> Split:
+    """The same for a body that `scan` could have, with so many carries and slices."""
+    heads = placeholders(body)
     carries, slices = heads[:held], heads[held : held + sliced]
     results = cast(tuple[Node, ...], output_node(body).args[0])
     nexts = results[:held]

@@ -17,9 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .builder import Builder, output_node, placeholders
 from .facts import aten, body_of, bytes_of, is_tensor, shape, trips, value
-
-VIEWS = (aten.permute.default, aten.unsqueeze.default, aten.expand.default, aten.select.int,
-         aten.slice.Tensor, aten.reshape.default, aten.squeeze.dim)
+from .one_step import VIEWS, Operand, at_step, operands
 
 
 @dataclass(frozen=True)
@@ -117,124 +115,54 @@ class _Sinking:
         graph.output(tuple(inner[n] for n in results))
         return Sunk(self.scan, GraphModule(body, graph), tuple(moving), tuple(given))
 
-    def _operands(self, node: Node, axis: int) -> list[tuple[Node, int | None]] | None:
-        """What a value is computed from, and along which axis, None for all steps the same;
-        None if the step can't compute it."""
-        if node not in self.inside:
-            return None
-        if node.target in VIEWS:
-            source = cast(Node, node.args[0])
-            place = self._before_view(node, source, axis)
-            return None if place is None else [(source, place)]
-        if _is_outer(node) and axis >= len(shape(node)) - 2:
-            return None
-        found: list[tuple[Node, int | None]] = []
-        for source in node.all_input_nodes:
-            if not is_tensor(source):
-                return None
-            place = axis - len(shape(node)) + len(shape(source))
-            there = place >= 0 and shape(source)[place] > 1
-            found.append((source, place if there else None))
-        return found
-
-    def _before_view(self, node: Node, source: Node, axis: int) -> int | None:
-        """Where a view's axis was before it, if it was there, undivided."""
-        args: Any = node.args
-        rank = len(shape(source))
-        if node.target is aten.permute.default:
-            return int(args[1][axis]) % rank
-        if node.target is aten.expand.default:
-            place = axis - len(shape(node)) + rank
-            return place if place >= 0 and shape(source)[place] > 1 else None
-        if node.target is aten.reshape.default:
-            before = value(node).shape[:axis].numel()
-            return next((k for k in range(rank) if shape(source)[k] == shape(node)[axis]
-                         and value(source).shape[:k].numel() == before), None)
-        where = int(args[1]) % (rank + (node.target is aten.unsqueeze.default))
-        if node.target is aten.unsqueeze.default:
-            return axis - (where < axis) if where != axis else None
-        if node.target is aten.slice.Tensor or len(shape(node)) == rank:
-            return None if where == axis else axis
-        return axis + (where <= axis)  # select, squeeze
+    def _operands(self, node: Node, axis: int) -> list[Operand] | None:
+        """What the steps read to compute a value; None if they can't."""
+        return operands(node, axis) if node in self.inside else None
 
     def _cost(self, node: Node, axis: int) -> int:
         """Bytes that the steps read for a value."""
         if (node, axis) not in self.costs:
-            operands = self._operands(node, axis)
+            read = self._operands(node, axis)
             own = bytes_of(node)
-            inside = own + 1 if operands is None else sum(
-                self._cost(n, a) for n, a in operands if a is not None)
-            self.costs[node, axis] = min(own, inside)
+            self.costs[node, axis] = own if read is None else min(own, self._read(read))
         return self.costs[node, axis]
 
-    def _computes(self, node: Node, axis: int) -> list[tuple[Node, int | None]] | None:
-        """The operands, if the steps compute a value."""
-        operands = self._operands(node, axis)
-        if operands is None or all(a is None for _, a in operands):
+    def _read(self, read: Sequence[Operand]) -> int:
+        return sum(self._cost(o.node, cast(int, o.axis)) for o in read if o.moves)
+
+    def _computes(self, node: Node, axis: int) -> list[Operand] | None:
+        """What the steps read to compute a value, if they do."""
+        read = self._operands(node, axis)
+        if read is None or not any(o.moves for o in read):
             return None
-        read = sum(self._cost(n, a) for n, a in operands if a is not None)
-        return operands if read <= bytes_of(node) else None
+        return read if self._read(read) <= bytes_of(node) else None
 
     def _leaves(
         self, node: Node, axis: int, moving: dict[tuple[Node, int], None],
         still: dict[tuple[Node, int | None], None],
     ) -> None:
         """What the steps read for a value, per step and for all steps the same."""
-        operands = self._computes(node, axis)
-        if operands is None:
+        read = self._computes(node, axis)
+        if read is None:
             moving[node, axis] = None
             return
-        for source, place in operands:
-            if place is None:
-                still[source, self._single(node, source, axis)] = None
+        for operand in read:
+            if operand.moves:
+                self._leaves(operand.node, cast(int, operand.axis), moving, still)
             else:
-                self._leaves(source, place, moving, still)
-
-    @staticmethod
-    def _single(node: Node, source: Node, axis: int) -> int | None:
-        """The operand's axis of one that is broadcast along the steps, if it has it."""
-        place = axis - len(shape(node)) + len(shape(source))
-        return place if place >= 0 else None
+                still[operand.node, operand.axis] = None
 
     def _computed(
         self, node: Node, axis: int, graph: Graph, known: dict[Any, Node]
     ) -> Node:
         """The value of one step in the new body."""
-        if (node, axis) in known:
-            return known[node, axis]
-        operands = self._computes(node, axis)
-        assert operands is not None
-        there = {source: known[source, self._single(node, source, axis)] if place is None
-                 else self._computed(source, place, graph, known) for source, place in operands}
-        if node.target in VIEWS:
-            source, place = operands[0]
-            made = self._viewed(node, axis, there[source], cast(int, place), graph)
-        else:
-            made = graph.node_copy(node, there.__getitem__)
-        made.meta.setdefault("val", value(node).select(axis, 0))
-        known[node, axis] = made
-        return made
-
-    @staticmethod
-    def _viewed(node: Node, axis: int, source: Node, was: int, graph: Graph) -> Node:
-        """A view of one step's value."""
-        args: Any = node.args
-        sizes = [n for a, n in enumerate(shape(node)) if a != axis]
-        if node.target is aten.permute.default:
-            places = [p % len(args[1]) for p in args[1]]
-            order = [p - (p > was) for p in places if p != was]
-            if order == list(range(len(order))):
-                return source
-            return graph.call_function(aten.permute.default, (source, order))
-        if node.target is aten.expand.default:
-            return graph.call_function(aten.expand.default, (source, sizes))
-        if node.target in (aten.slice.Tensor, aten.select.int):
-            where = args[1] % len(shape(args[0]))
-            moved = where - (where > was)
-            return graph.call_function(node.target, (source, moved, *args[2:]))
-        if sizes == [n for a, n in enumerate(shape(args[0])) if a != was]:
-            return source
-        return graph.call_function(aten.reshape.default, (source, sizes))
+        if (node, axis) not in known:
+            read = self._computes(node, axis)
+            assert read is not None
+            known[node, axis] = at_step(node, axis, {
+                o.node: self._computed(o.node, cast(int, o.axis), graph, known) if o.moves
+                else known[o.node, o.axis] for o in read}, graph)
+        return known[node, axis]
 
 
 def _is_outer(node: Node) -> bool:

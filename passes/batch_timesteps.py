@@ -11,7 +11,8 @@ Wins:
     what is batched. Shared weights are batched by identity: more rows, never copies.
     `slab` steps at a time where all of them would need too much memory. Where a kernel runs the
     recurrence, what reads its states stays with it if less is moved through memory so: `q @ S` of
-    a matrix of state S is never read from memory (see optimizer/together.py).
+    a matrix of state S is never read from memory (see optimizer/together.py). What reads the
+    stacked states behind the loop, step by step, comes into it for that (optimizer/readers.py).
 Sound if:
     1. an operation is on no carry's cycle: no later step's carry that it depends on depends
        on it;
@@ -34,6 +35,7 @@ from ..optimizer.distribute import JOINED, Split, batchable, distribution, split
 from ..optimizer.facts import Facts, source_line, trips
 from ..optimizer.fused import build_kernel
 from ..optimizer.fusible import Fusible, fusible, missed
+from ..optimizer.readers import with_readers
 from ..optimizer.rewrite import Rewrite, Skip
 from ..optimizer.separate import separable, separation
 from ..optimizer.slabs import in_slabs
@@ -56,6 +58,9 @@ class BatchTimesteps:
                 yield separation(self.name, parts, products)
                 continue
             if facts.fuses and self.slab is None and missed(parts.scan) is None:
+                if (longer := with_readers(self.name, parts, facts)) is not None:
+                    yield longer
+                    continue
                 whole = JOINED in parts.scan.meta
                 joined = None if whole else together(parts)
                 if joined and (batchable(joined) or not is_one_cycle(joined)):

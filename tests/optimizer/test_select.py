@@ -35,7 +35,7 @@ class Loop(nn.Module):
         for t in range(x.shape[1]):
             h = torch.tanh(h + self.enter(x[:, t]))
             outputs.append(h)
-        return torch.stack(outputs, 1).exp()
+        return torch.stack(outputs, 1).flip(1).exp()  # which no step has
 
 
 @dataclass(frozen=True)
