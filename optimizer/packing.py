@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .facts import value
+from .axes import PRODUCTS, Axes, Part
+from .facts import is_tensor, is_view, shape, value
 from .kernel import Kernel, Layout, free_parts, kernel, layout
 from .kernel_loops import contiguous
 from .kernel_source import AXES
 from .pointwise import Unsupported
 from .step import Counts, Sizes, moving, remembered
 
+COPYING, ROWS = 0.4, 1.25  # what an element that is copied takes, and a row's vector: vectors
 RECORD = 3 + AXES  # numbers of one argument: its address, step, pitch and strides
 
 
@@ -61,7 +63,8 @@ def of_call(call: Node) -> tuple[str, tuple[Sizes, ...], Counts]:
 def kernel_for(
     step: str, given: tuple[Lie, ...], counts: Counts, spent: frozenset[int] = frozenset()
 ) -> Kernel:
-    """The kernel for a step's arguments that lie so: of those possible, the one that copies least.
+    """The kernel for a step's arguments that lie so: of those possible, the one that computes the
+    fewest vectors and copies the fewest elements.
 
     Raises `Unsupported` with a reason where there is none.
     """
@@ -78,12 +81,11 @@ def kernel_for(
     if inner > 1 or not lanes:
         lanes.append(None)
 
-    def cost(number: int | None) -> tuple[int, bool, int]:
+    def cost(number: int | None) -> tuple[float, int]:
         lane = None if number is None else axes.free[number]
-        size = 0 if lane is None else axes.sizes[lane]
         copied = sum(math.prod(shapes[k]) for k in moving(counts, len(nodes))
                      if pitch(layout(axes, nodes[k], lane), lies[k], lane) is None)
-        return copied, size < 8, -size
+        return COPYING * copied + vectors(axes, lane), 0 if lane is None else -axes.sizes[lane]
 
     reasons: list[Unsupported] = []
     for lane in sorted(lanes, key=cost):
@@ -92,6 +94,29 @@ def kernel_for(
         except Unsupported as reason:  # its values may be too large along so many lanes
             reasons.append(reason)
     raise reasons[0]
+
+
+def vectors(axes: Axes, lane: Part | None) -> float:
+    """How many vectors the operations of a step compute, which hold elements along the `lane`, or
+    else along a value's last axis that is not free: of one row then, which takes longer."""
+    count, most = 0, vector_width()
+    for node in axes.graph.nodes:
+        if node.op != "call_function" or is_view(node) or not is_tensor(node):
+            continue
+        widest = max((n for n in (node, *node.all_input_nodes) if is_tensor(n)),
+                     key=lambda n: value(n).numel())
+        inner = axes.inner(widest) or (1,)
+        has_lane = any(lane in axis for axis in axes.of(widest))
+        width = inner[-1] if lane is None else axes.sizes[lane] if has_lane else 1
+        times = shape(cast(Node, node.args[0]))[-1] if node.target in PRODUCTS else 1
+        elements = value(node if times > 1 else widest).numel() * times
+        count += elements // width * -(-width // most)
+    return count * ROWS if lane is None else count
+
+
+def vector_width() -> int:
+    """How many numbers in single precision a vector holds on this machine."""
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def pitch(how: Layout, lie: Lie, lane: int | None) -> int | None:

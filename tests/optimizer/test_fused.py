@@ -8,13 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from looplift.optimizer import fused, walk
+from looplift.optimizer import fused, packing, walk
 from looplift.optimizer.compiled import compiled
 from looplift.optimizer.double import Width, computing
 from looplift.optimizer.fused import build_kernel, fused_scan, scan_operator
 from looplift.optimizer.kernel import kernel
+from looplift.optimizer.kernel_loops import contiguous
 from looplift.optimizer.loop import plain_loop
-from looplift.optimizer.packing import kernel_for
+from looplift.optimizer.packing import Lie, kernel_for
 from looplift.optimizer.pointwise import Unsupported
 from looplift.optimizer.step import step_function, traced
 from torch import Tensor
@@ -252,6 +253,26 @@ def test_selective_state_spaces(sizes: tuple[int, ...], turned: bool) -> None:
     same(SELECTIVE, [random(*sizes, grad=True)],
          [s.sigmoid().detach().requires_grad_() for s in slices],
          [(-random(d, n).abs()).requires_grad_()], 1)
+
+
+@pytest.mark.parametrize(("channels", "turned", "lane"), [
+    (64, False, 64), (64, True, 64),  # copying them is quicker than one element at a time
+    (4, True, None), (4, False, None),
+])
+@pytest.mark.parametrize("width", [8, 16])
+def test_what_vectors_hold(
+    channels: int, turned: bool, lane: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "vector_width", lambda: width)
+    kernel_for.cache_clear()
+    def lie(*sizes: int) -> Lie:  # with time last, the other axes of a step are far apart
+        strides = contiguous(sizes)
+        return Lie(sizes, tuple(s * 100 for s in strides) if turned else strides)
+
+    given = [Lie((2, channels, 8), contiguous((2, channels, 8))), lie(2, channels),
+             lie(2, channels), lie(2, 8), lie(2, 8), Lie((channels, 8), contiguous((channels, 8)))]
+    made = kernel_for(SELECTIVE, tuple(given), (1, 4, 1))
+    assert (made.lane if made.lane is None else made.free[made.lane]) == lane
 
 
 def test_reductions_joins_and_views() -> None:
