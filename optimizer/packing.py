@@ -110,7 +110,7 @@ def vectors(axes: Axes, lane: Part | None) -> float:
         width = inner[-1] if lane is None else axes.sizes[lane] if has_lane else 1
         times = shape(cast(Node, node.args[0]))[-1] if node.target in PRODUCTS else 1
         elements = value(node if times > 1 else widest).numel() * times
-        count += elements // width * -(-width // most)
+        count += elements // max(width, 1) * -(-width // most)
     return count * ROWS if lane is None else count
 
 
