@@ -41,9 +41,9 @@ def with_readers(pass_name: str, parts: Split, facts: Facts) -> Rewrite | None:
     longer = _Longer(parts.scan, found)
     if (joined := together(longer.split())) is None:
         return None
-    stay: dict[Node, int] = {}
+    inside, stay = {*joined.carries, *joined.on_cycle}, dict[Node, int]()
     for node, axis in found.items():
-        if longer.known[node] in joined.on_cycle \
+        if longer.known[node] in inside \
                 and not any(n in found and n not in stay for n in node.all_input_nodes):
             stay[node] = axis
     return None if all(map(is_view, stay)) else _Longer(parts.scan, stay).rewrite(pass_name, facts)

@@ -180,6 +180,22 @@ def test_a_loop_that_reads_nothing_but_its_inputs(equal: Any) -> None:
     assert "sum" in kernel.args[0]
 
 
+def test_states_that_are_shown_before_their_update(equal: Any) -> None:
+    class Before(nn.Module):
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            state, states = x.new_zeros(2, 5), []
+            for t in range(x.shape[1]):
+                states.append(state)
+                state = torch.tanh(0.9 * state + x[:, t])
+            return (torch.stack(states, 1) * z).sum(-1)
+
+    inputs = (torch.randn(2, STEPS, 5), torch.randn(2, STEPS, 5))
+    for mode in ("inference", "training"):
+        fast = equal(Before(), inputs, mode=mode)
+        [kernel] = [n for n in fast.graph_module.graph.nodes if is_kernel(n)]
+        assert "sum" in kernel.args[0]
+
+
 def test_what_has_no_gradient_of_a_result_gets_none(equal: Any) -> None:
     def behind(m: Model, states: Tensor, u: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         return states.sum(-1), (states * c[:, :, None]).sum(-1)
