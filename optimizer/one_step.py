@@ -10,6 +10,7 @@ from torch import Tag
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from .axes import reduced
 from .equation import spelled_out
 from .facts import argument, aten, is_op, is_tensor, shape, value
 
@@ -51,7 +52,7 @@ def _places(node: Node, axis: int) -> Places | None:
     rank = len(shape(node))
     if is_op(node, *REDUCTIONS):
         source = cast(Node, node.args[0])
-        gone = _reduced(node)
+        gone = reduced(node)
         left = [a for a in range(len(shape(source))) if a not in gone]
         place = axis if argument(node, "keepdim") else left[axis]
         return None if place in gone else [(source, place)]
@@ -79,8 +80,8 @@ def at_step(node: Node, axis: int, sources: Mapping[Node, Node], graph: Graph) -
         if made is sources[own[0]]:
             return made
     elif is_op(node, *REDUCTIONS):
-        was = next(k for k, _ in enumerate(shape(own[0])) if _places(node, axis) == [(own[0], k)])
-        gone = [a - (a > was) for a in _reduced(node)]
+        [(_, was)] = cast(list[tuple[Node, int]], _places(node, axis))
+        gone = [a - (a > was) for a in reduced(node)]
         made = graph.call_function(cast(OpOverload, node.target), (
             sources[own[0]], gone, argument(node, "keepdim")), dict(node.kwargs))
     elif is_op(node, aten.einsum.default):
@@ -92,14 +93,6 @@ def at_step(node: Node, axis: int, sources: Mapping[Node, Node], graph: Graph) -
         made = graph.node_copy(node, sources.__getitem__)
     made.meta = {**node.meta, "val": value(node).select(axis, 0)}
     return made
-
-
-def _reduced(node: Node) -> list[int]:
-    """The axes that a reduction takes away; all where it names none."""
-    rank = len(shape(cast(Node, node.args[0])))
-    dims = argument(node, "dim")
-    dims = [dims] if isinstance(dims, int) else dims or range(rank)
-    return [int(d) % rank for d in dims]
 
 
 def _equation(node: Node) -> tuple[list[str], str]:

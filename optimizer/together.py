@@ -24,11 +24,11 @@ from .cycles import reached_by
 from .distribute import Split
 from .equation import longest, spelled_out
 from .facts import aten, bytes_of, is_op, is_random, is_tensor, is_view, shape, value
+from .one_step import REDUCTIONS
 
 ENOUGH = 0.8  # of the bytes that are moved otherwise: with more, nothing stays
 WIDE = 2  # multiplications for each element that a product reads: with more, it is faster as one
-SIMPLE = (aten._to_copy.default, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default,
-          aten.amin.default)
+SIMPLE = (aten._to_copy.default, *REDUCTIONS)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 
 
