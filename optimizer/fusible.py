@@ -203,8 +203,8 @@ def _refuse_integers(
 def _outer(given: Sunk) -> list[Node | None]:
     """What each real argument of a step is outside of the loop."""
     carries = cast(list[Node], given.scan.args[1])
-    slices: list[Node | None] = [n for n, _ in given.slices] or [None]
-    return [part for n in (*carries, *slices, *(n for n, _ in given.invariants))
+    slices: list[Node | None] = [o.node for o in given.slices] or [None]
+    return [part for n in (*carries, *slices, *(o.node for o in given.invariants))
             for part in [n] * (1 + (n is not None and is_complex(n)))]
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tag
+from torch import Tag, Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from .axes import reduced
+from .builder import Builder
 from .equation import spelled_out
 from .facts import argument, aten, is_op, is_tensor, shape, value
 
@@ -29,7 +30,20 @@ class Operand:
 
     node: Node
     axis: int | None
-    moves: bool
+    moves: bool = True
+
+    @property
+    def held(self) -> Tensor:
+        """The fake value that a step is given."""
+        given = value(self.node)
+        return given if self.axis is None else given.select(self.axis, 0)
+
+    def placed(self, build: Builder, node: Node) -> Node:
+        """What a scan takes of `node`, which holds the operand's value: a slice or invariant."""
+        if self.axis is None:
+            return node
+        return build.move(node, self.axis, 0) if self.moves \
+            else build.call(aten.select.int, node, self.axis, 0)
 
 
 def operands(node: Node, axis: int) -> list[Operand] | None:
@@ -37,7 +51,7 @@ def operands(node: Node, axis: int) -> list[Operand] | None:
     if node.target in VIEWS:
         source = cast(Node, node.args[0])
         place = _before_view(node, source, axis)
-        return None if place is None else [Operand(source, place, True)]
+        return None if place is None else [Operand(source, place)]
     found: dict[Node, Operand] = {}
     for source, place in _places(node, axis) or ():
         moves = place is not None and shape(source)[place] > 1

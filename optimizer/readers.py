@@ -17,7 +17,6 @@ from .builder import Builder, duplicate, output_node, placeholders
 from .distribute import Split, counted, split_body
 from .facts import (
     Facts,
-    aten,
     body_of,
     is_pure,
     is_tensor,
@@ -107,8 +106,7 @@ class _Longer:
         with self.body.graph.inserting_before(before):
             head = self.body.graph.placeholder(name)
         head.target = head.name  # which is free
-        given = value(read.node)
-        head.meta["val"] = given if read.axis is None else given.select(read.axis, 0)
+        head.meta["val"] = read.held
         return head
 
     def split(self) -> Split:
@@ -127,11 +125,7 @@ class _Longer:
         early = hoisted(build, [o.node for o in (*self.slices, *self.invariants)], facts)
 
         def given(read: Operand) -> Node:
-            node = early.get(read.node, read.node)
-            if read.axis is None:
-                return node
-            return build.move(node, read.axis, 0) if read.moves \
-                else build.call(aten.select.int, node, read.axis, 0)
+            return read.placed(build, early.get(read.node, read.node))
 
         carries, slices, invariants = (cast(list[Node], a) for a in self.scan.args[1:4])
         made = build.scan(self.body, carries, [*slices, *map(given, self.slices)],

@@ -22,28 +22,28 @@ from .one_step import VIEWS, Operand, at_step, operands
 
 @dataclass(frozen=True)
 class Sunk:
-    """A step that computes what it read, and what it reads now: along which axis, per step."""
+    """A step that computes what it read, and what it reads now."""
 
     scan: Node
     body: GraphModule
-    slices: tuple[tuple[Node, int], ...]  # none: a number per step says how many there are
-    invariants: tuple[tuple[Node, int | None], ...]  # without their axis of one, if any
+    slices: tuple[Operand, ...]  # none: a number per step says how many there are
+    invariants: tuple[Operand, ...]
 
     def read(self, build: Builder) -> tuple[list[Node], list[Node]]:
         """The slices and invariants as a scan takes them."""
         first = self._first()
         count = [build.call(aten.zeros.default, [trips(self.scan)], dtype=first.dtype,
                             device=first.device)] if not self.slices else []
-        return [*count, *(build.move(n, axis, 0) for n, axis in self.slices)], [
-            n if axis is None else build.call(aten.select.int, n, axis, 0)
-            for n, axis in self.invariants]
+        slices, invariants = ([o.placed(build, o.node) for o in read]
+                              for read in (self.slices, self.invariants))
+        return [*count, *slices], invariants
 
     def values(self) -> list[list[Any]]:
         """Fake carries, slices and invariants."""
         count = [self._first().new_empty((trips(self.scan),))] if not self.slices else []
         return [[value(n) for n in cast(list[Node], self.scan.args[1])],
-                [*count, *(value(n).movedim(axis, 0) for n, axis in self.slices)],
-                [value(n) if a is None else value(n).select(a, 0) for n, a in self.invariants]]
+                [*count, *(value(o.node).movedim(cast(int, o.axis), 0) for o in self.slices)],
+                [o.held for o in self.invariants]]
 
     def _first(self) -> Any:
         return value(cast(list[Node], self.scan.args[1])[0])
@@ -61,7 +61,7 @@ class _Sinking:
     def __init__(self, scan: Node, producers: bool) -> None:
         self.scan = scan
         self.inside: set[Node] = {scan}  # what computes for the scan alone
-        self.costs: dict[tuple[Node, int], int] = {}
+        self.costs: dict[Operand, int] = {}
         sources = set(cast(list[Node], scan.args[2])) if producers else set()
         for node in reversed(list(scan.graph.nodes)):
             if node in sources and self._is_simple(node) and self.inside.issuperset(node.users):
@@ -79,13 +79,11 @@ class _Sinking:
         body = body_of(self.scan)
         carries, slices, fixed = (cast(list[Node], self.scan.args[k]) for k in (1, 2, 3))
         heads = placeholders(body)
-        moving: dict[tuple[Node, int], None] = {}
-        still: dict[tuple[Node, int | None], None] = {}
+        found: dict[Operand, None] = {}
         read = [k for k in range(len(slices)) if heads[len(carries) + k].users]
         for k in read:
-            self._leaves(slices[k], 0, moving, still)
+            self._leaves(Operand(slices[k], 0), found)
         graph = Graph()
-        known: dict[Any, Node] = {}
 
         def head(name: str, given: Any) -> Node:
             made = graph.placeholder(name)
@@ -93,76 +91,68 @@ class _Sinking:
             return made
 
         inner = {heads[k]: head(f"carry_{k}", value(heads[k])) for k in range(len(carries))}
-        for k, (node, axis) in enumerate(moving):
-            known[node, axis] = head(f"slice_{k}", value(node).select(axis, 0))
+        moving = [o for o in found if o.moves]
+        known = {o: head(f"slice_{k}", o.held) for k, o in enumerate(moving)}
         if not moving:
             head("slice_0", value(carries[0]).new_empty(()))
-        given: list[tuple[Node, int | None]] = []
+        still = list[Operand]()
         for node, of_body in zip(fixed, heads[len(carries) + len(slices) :], strict=True):
             if of_body.users:
-                inner[of_body] = head(f"invariant_{len(given)}", value(node))
-                given.append((node, None))
-        for node, place in still:
-            gone = value(node) if place is None else value(node).select(place, 0)
-            known[node, place] = head(f"invariant_{len(given)}", gone)
-            given.append((node, place))
+                inner[of_body] = head(f"invariant_{len(still)}", value(node))
+                still.append(Operand(node, None, False))
+        for operand in found:
+            if not operand.moves:
+                known[operand] = head(f"invariant_{len(still)}", operand.held)
+                still.append(operand)
         for k in read:
-            inner[heads[len(carries) + k]] = self._computed(slices[k], 0, graph, known)
+            inner[heads[len(carries) + k]] = self._computed(Operand(slices[k], 0), graph, known)
         for node in body.graph.nodes:
             if node not in inner and node.op not in ("output", "placeholder"):
                 inner[node] = graph.node_copy(node, inner.__getitem__)
         results = cast(Sequence[Node], output_node(body).args[0])
         graph.output(tuple(inner[n] for n in results))
-        return Sunk(self.scan, GraphModule(body, graph), tuple(moving), tuple(given))
+        return Sunk(self.scan, GraphModule(body, graph), tuple(moving), tuple(still))
 
-    def _operands(self, node: Node, axis: int) -> list[Operand] | None:
-        """What the steps read to compute a value; None if they can't."""
-        return operands(node, axis) if node in self.inside else None
+    def _operands(self, operand: Operand) -> list[Operand] | None:
+        """What the steps read to compute a value of theirs; None if they can't."""
+        if not operand.moves or operand.node not in self.inside:
+            return None
+        return operands(operand.node, cast(int, operand.axis))
 
-    def _cost(self, node: Node, axis: int) -> int:
+    def _cost(self, operand: Operand) -> int:
         """Bytes that the steps read for a value."""
-        if (node, axis) not in self.costs:
-            read = self._operands(node, axis)
-            own = bytes_of(node)
-            self.costs[node, axis] = own if read is None else min(own, self._read(read))
-        return self.costs[node, axis]
+        if operand not in self.costs:
+            read = self._operands(operand)
+            own = bytes_of(operand.node)
+            self.costs[operand] = own if read is None else min(own, self._read(read))
+        return self.costs[operand]
 
     def _read(self, read: Sequence[Operand]) -> int:
-        return sum(self._cost(o.node, cast(int, o.axis)) for o in read if o.moves)
+        return sum(self._cost(o) for o in read if o.moves)
 
-    def _computes(self, node: Node, axis: int) -> list[Operand] | None:
+    def _computes(self, operand: Operand) -> list[Operand] | None:
         """What the steps read to compute a value, if they do."""
-        read = self._operands(node, axis)
+        read = self._operands(operand)
         if read is None or not any(o.moves for o in read):
             return None
-        return read if self._read(read) <= bytes_of(node) else None
+        return read if self._read(read) <= bytes_of(operand.node) else None
 
-    def _leaves(
-        self, node: Node, axis: int, moving: dict[tuple[Node, int], None],
-        still: dict[tuple[Node, int | None], None],
-    ) -> None:
-        """What the steps read for a value, per step and for all steps the same."""
-        read = self._computes(node, axis)
+    def _leaves(self, operand: Operand, found: dict[Operand, None]) -> None:
+        """What the steps read for a value."""
+        read = self._computes(operand)
         if read is None:
-            moving[node, axis] = None
-            return
-        for operand in read:
-            if operand.moves:
-                self._leaves(operand.node, cast(int, operand.axis), moving, still)
-            else:
-                still[operand.node, operand.axis] = None
+            found[operand] = None
+        for below in read or ():
+            self._leaves(below, found)
 
-    def _computed(
-        self, node: Node, axis: int, graph: Graph, known: dict[Any, Node]
-    ) -> Node:
+    def _computed(self, operand: Operand, graph: Graph, known: dict[Operand, Node]) -> Node:
         """The value of one step in the new body."""
-        if (node, axis) not in known:
-            read = self._computes(node, axis)
+        if operand not in known:
+            read = self._computes(operand)
             assert read is not None
-            known[node, axis] = at_step(node, axis, {
-                o.node: self._computed(o.node, cast(int, o.axis), graph, known) if o.moves
-                else known[o.node, o.axis] for o in read}, graph)
-        return known[node, axis]
+            sources = {o.node: self._computed(o, graph, known) for o in read}
+            known[operand] = at_step(operand.node, cast(int, operand.axis), sources, graph)
+        return known[operand]
 
 
 def _is_outer(node: Node) -> bool:
