@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .double import Width
-from .family import Family
+from .family import FEW, Family
 from .formula import Lengths, Samples, at
 from .general import NotOneProgram, general
 from .measure import call
@@ -29,7 +29,6 @@ from .verify import Seen, verify_once
 
 QUICK = 0.02  # seconds: choices are measured at the longest length at which a call takes no more
 SOON = 0.5  # seconds: where a call takes no more, it is seen first if it is the same program
-FEW = 2000  # operations of a trace that is soon made
 SLOW = 5.0  # seconds: gradients whose check may take longer are checked at shorter lengths
 BRIEF = 2  # times as long as a length that was not traced: there most cases are verified
 LEAST, MOST = 64, 4  # or at this length; at no more than so many times the shortest

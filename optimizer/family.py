@@ -24,7 +24,10 @@ from .pipeline import Allowed, Applied, Outcome, begun
 from .refused import CaptureError
 from .rewrite import Pass, Skip
 
-SHORTEST = 10  # the least length that is traced: fewer trips might not be told from none
+# lengths to begin at, one after the other: fewer trips might not be told from none, and a loop that
+# reads what it computed 12 steps before does what it does at all lengths only from 24 on
+SHORTEST = (10, 40, 160)
+FEW = 2000  # operations of a trace that is soon made
 # what traced lengths may be apart
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 36, 48, 64, 72, 96, 128, 256, 512)
 TRIES = 3  # programs are compared with this many of the steps
@@ -116,19 +119,20 @@ def _seen_at(seen: tuple[Any, ...], lengths: Lengths) -> Seen:
 
 def family(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], frees: Sequence[Free],
-    passes: Sequence[Pass], allowed: Allowed, shorter: bool = True,
+    passes: Sequence[Pass], allowed: Allowed, shorter: bool = True, shortest: int = SHORTEST[0],
 ) -> Family:
     """The program for lengths like the inputs', or `NotOneProgram` with the reason.
 
-    `passes` are those that fold loops. Lengths that are traced leave the same remainder as the
-    inputs' own, by a step that is found from how many operations the model runs. If only
-    `shorter` ones are of use, a trace at the inputs' own length is no dearer than at others.
+    `passes` are those that fold loops. Lengths that are traced, none below `shortest`, leave the
+    same remainder as the inputs' own, by a step that is found from how many operations the model
+    runs. If only `shorter` ones are of use, a trace at the inputs' own length is no dearer than at
+    others.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if any(layout(leaves[place]) is None for free in frees for place, _, _ in free.places):
         raise NotOneProgram("an input has gaps or overlaps in memory")
     reason = NotOneProgram("the number of operations follows no simple rule in the length")
-    choices = zip(*(_short_lengths(model, leaves, spec, frees, k, shorter)
+    choices = zip(*(_short_lengths(model, leaves, spec, frees, k, shorter, shortest)
                     for k in range(len(frees))), strict=False)
     for choice in itertools.islice(choices, TRIES):
         try:
@@ -142,9 +146,13 @@ def family(
 
 def _short_lengths(
     model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, frees: Sequence[Free],
-    number: int, shorter: bool,
+    number: int, shorter: bool, shortest: int,
 ) -> Iterator[Lengths]:
-    """Short lengths of one free length at which the model runs, evenly more with the length."""
+    """Short lengths of one free length at which the model runs, evenly more with the length.
+
+    If they are not the very shortest, their traces must be soon made: in half the time that one of
+    the full length takes, or, if that is not all there is to gain, of few operations.
+    """
     free = frees[number]
     length = free.of(leaves)
     if length is None:
@@ -152,7 +160,7 @@ def _short_lengths(
     taken = {n for leaf in leaves if isinstance(leaf, Tensor) for n in leaf.shape}
     taken |= {n for p in model.parameters() for n in p.shape}
     for step in STEPS:
-        first = max(SHORTEST, 4 * step, free.least) + 7 * step * number  # no two are the same
+        first = max(shortest, 4 * step, free.least) + 7 * step * number  # no two are the same
         first += (length - first) % step
         while any(first + k * step in taken - {length} for k in (0, 1, 3)):
             first += step  # or the size of another axis could be mistaken for the length's
@@ -160,8 +168,12 @@ def _short_lengths(
             return
         counts = [operations(model, resized(leaves, [free], (first + k * step,)), spec)
                   for k in range(4)]
-        if len({b - a for a, b in itertools.pairwise(c or 0 for c in counts)}) == 1 and all(counts):
-            yield first, first + step, first + 3 * step, step
+        known = [count for count in counts if count]
+        if len(known) == 4 and len({b - a for a, b in itertools.pairwise(known)}) == 1:
+            whole = known[0] + (length - first) // step * (known[1] - known[0])
+            soon = whole // 2 if shorter else max(whole // 2, FEW)
+            if shortest == SHORTEST[0] or known[0] + known[1] + known[3] <= soon:
+                yield first, first + step, first + 3 * step, step
 
 
 def _traced(

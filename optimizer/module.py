@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .capture import Capture, capture
 from .cases import copied
 from .contract import ContractError
 from .every_length import ComparedLengths, Make, optimize_family
-from .family import Family, family
+from .family import SHORTEST, Family, family
 from .formula import NoInteger
 from .general import NotOneProgram
 from .lengths import Free, found_lengths, given_lengths
@@ -260,15 +261,20 @@ class OptimizedModule(nn.Module):
             return None
         self.progress("capturing at short lengths")
         allowed = Allowed(self.options.allow_approximate, self.options.allow_random_reorder)
-        try:
-            found = family(self.original, args, kwargs, frees, self.options.passes[:1], allowed,
-                           shorter=not named)
-            found, made, chosen = optimize_family(
-                self.original, found, leaves, spec, self.options, modes, self.progress,
-                lambda: self._signature(leaves, structure))
-            self._note(found.sample)
-        except (NotOneProgram, NoInteger) as error:
-            return f"known at this length alone: {error}"
+        before = partial(self._signature, leaves, structure)
+        why: list[str] = []
+        for shortest in SHORTEST if len(frees) == 1 else SHORTEST[:1]:
+            try:
+                found = family(self.original, args, kwargs, frees, self.options.passes[:1], allowed,
+                               shorter=not named, shortest=shortest)
+                found, made, chosen = optimize_family(self.original, found, leaves, spec,
+                                                      self.options, modes, self.progress, before)
+                self._note(found.sample)
+                break
+            except (NotOneProgram, NoInteger) as error:
+                why.append(str(error))
+        else:
+            return f"known at this length alone: {why[0]}"
         short = found.resized(leaves, found.traced[0])  # where strides tell
         seen = program(found.sample)
         for mode, choice in made.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch
 from looplift import Equal, OptimizedModule, apply_passes
 from looplift.models import alternating_patches, dilated_attention, eigenstate
 from looplift.optimizer import emit, every_length, lengths
+from looplift.optimizer.capture import capture
 from looplift.optimizer.formula import Formula, Function, Samples, Symbolic, SymbolicFloat, at
 from looplift.optimizer.lengths import found_lengths
 from looplift.optimizer.select import Selection
@@ -406,6 +408,34 @@ def test_what_prevents_it_is_told(run: Run, reason: str) -> None:
     assert reason in told(fast)
     same(fast, model, *long())
     assert reason in str(fast.report)
+
+
+def seasons(model: Model, x: Tensor, period: int) -> Tensor:
+    """Exponential smoothing: each season's factor is that of the one before, a bit changed."""
+    level, factors, made = x[:, 0], [model.places[k].exp() for k in range(period)], []
+    for t in range(x.shape[1]):
+        made.append(level * factors[t])
+        level = 0.3 * x[:, t] / factors[t] + 0.7 * level
+        factors.append(torch.sigmoid(x[:, t]) + 0.7 * factors[t])
+    return torch.stack(made, 1)
+
+
+def test_a_loop_that_reads_what_it_computed_many_steps_before_is_one_program() -> None:
+    model, [x] = Model(partial(seasons, period=12)), long()
+    fast = optimized(model, x)
+    assert told(fast).startswith("one program for T from 13, traced at 40, 41, 43")
+    for length in (400, 13, 24, 25, 157):
+        same(fast, model, *long(length))
+    assert len(fast.report.signatures) == 1
+
+
+def test_traces_that_take_as_long_as_that_of_the_whole_length_are_not_made() -> None:
+    model, [x] = Model(partial(seasons, period=30)), long()
+    with mock.patch("looplift.optimizer.family.capture", wraps=capture) as traced:
+        fast = optimized(model, x, mode="inference")
+    assert told(fast).startswith("known at this length alone")
+    assert max(call.args[1][0].shape[1] for call in traced.call_args_list) < 160
+    same(fast, model, x)
 
 
 def test_a_length_that_cannot_vary_is_not_looked_for() -> None:
