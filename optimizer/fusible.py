@@ -264,6 +264,7 @@ def in_numbers(body: GraphModule) -> GraphModule:
         if value(head).dtype is torch.bool:
             with made.graph.inserting_after(heads[-1]):
                 mask = made.graph.call_function(aten.ne.Scalar, (head, 0))
+            mask.meta["val"] = value(head)
             for user in [u for u in head.users if u is not mask]:
                 user.replace_input_with(head, mask)
     for user in [n for n in made.graph.nodes if n.target in BY_INTEGERS]:

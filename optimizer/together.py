@@ -102,11 +102,12 @@ class _Together:
         operands = node.all_input_nodes
         if not all(map(self.varying.__getitem__, operands)):
             return False
-        count = value(node).numel() * shape(operands[0])[-1]
         if is_op(node, aten.einsum.default):
             given = cast(list[Node], node.args[1])
             terms, _ = spelled_out(str(node.args[0]), [len(shape(n)) for n in given])
             count = math.prod(longest(terms, map(shape, given)).values())
+        else:
+            count = value(node).numel() * shape(operands[0])[-1]
         return count <= WIDE * max(value(n).numel() for n in operands)
 
     def kept(self) -> set[Node] | None:

@@ -312,3 +312,22 @@ def step(h, x):
     with mock.patch.object(fused, "plain", side_effect=AssertionError("no kernel ran")):
         made = fused_scan(step, *given, [0])
     assert_close(made, fused.plain(step, *given, [0], False))
+
+
+class Pointing(nn.Module):
+    """Each step takes the best place that no earlier one took."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        taken, found = torch.zeros_like(scores[:, 0], dtype=torch.bool), []
+        for t in range(scores.shape[1]):
+            best = scores[:, t].masked_fill(taken, -10.0).argmax(-1)
+            taken = taken.scatter(1, best[:, None], True)
+            found.append(best)
+        return torch.stack(found, 1)
+
+
+def test_places_of_masks_that_steps_carry() -> None:
+    model, scores = Pointing(), torch.randn(3, 12, 12)
+    fast = looplift.apply_passes(model, (scores,), measure=False, mode="inference")
+    assert "failed to propose" not in str(fast.report)
+    assert_close(fast(scores), model(scores), rtol=0, atol=0)

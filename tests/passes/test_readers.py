@@ -48,6 +48,10 @@ def einsum(m: Model, states: Tensor, u: Tensor, c: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("btln,...tn->btl", states, c)
 
 
+def weighted(m: Model, states: Tensor, u: Tensor, c: Tensor, h: Tensor) -> Tensor:
+    return torch.einsum("t,btln->btl", c[0, :, 0], states)
+
+
 def mean(m: Model, states: Tensor, u: Tensor, c: Tensor, h: Tensor) -> Tensor:
     return (states * c[:, :, None]).mean(-1, keepdim=True)
 
@@ -113,7 +117,7 @@ def sizes(fast: Any) -> int:
 
 
 @pytest.mark.parametrize("behind", [
-    product, gated, einsum, mean, largest_of_heads, two_results])
+    product, gated, einsum, weighted, mean, largest_of_heads, two_results])
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_states_are_read_where_they_are(
     behind: Callable[..., Any], mode: str, equal: Any
