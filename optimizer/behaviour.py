@@ -27,12 +27,14 @@ class Observation:
 def observe(
     model: nn.Module, inputs: Leaves, spec: pytree.TreeSpec, state: Sequence[State],
     before: Attributes, training: bool, seed: int, again: bool = False, attributes: bool = True,
+    as_given: bool = False,
 ) -> Observation:
     """Call `model` once (with `again` twice) and note all there is to see.
 
     With `training`, gradients of a random projection of the outputs are taken to every
-    floating input and every parameter. With `attributes`, what it assigns to those of its
-    modules, which were as in `before`, is one of its outputs.
+    floating input and every parameter; `as_given`, to inputs that require one. With
+    `attributes`, what it assigns to those of its modules, which were as in `before`, is one of
+    its outputs.
     """
     seen = Observation()
     wanted = {s.name: s.get() for s in state if s.get().requires_grad}
@@ -40,6 +42,7 @@ def observe(
         sources = {
             i: leaf.requires_grad_(True) for i, leaf in enumerate(inputs)
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            and (leaf.requires_grad or not as_given)
         }
         wanted |= {f"input {i}": leaf for i, leaf in sources.items()}
         inputs = tuple(attached(sources[i]) if i in sources else leaf

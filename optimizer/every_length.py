@@ -322,7 +322,8 @@ class EachLength:
         approximate = any(k.applied.approximate for k in self.selection.kept)
         found, width = verify_once(
             self.model, made, args, kwargs, mode=mode, tolerance=self.options.tolerance,
-            approximate=approximate, widths=widths or self.widths, seen=seen)
+            approximate=approximate, widths=widths or self.widths, seen=seen,
+            as_given=self.found.sample.asks_for_gradients)
         if width is Width.DOUBLE:
             self.widths = [Width.DOUBLE, Width.OWN]  # the first need not be tried again
         return found

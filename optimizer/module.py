@@ -40,7 +40,7 @@ from .rewritten import Rewritten, share
 from .select import Example, Options, Selection, select
 from .signature import OpaqueArgument, Watched, call_signature, flatten
 from .state import graphs_cut_off, unseen
-from .tracing import is_traced
+from .tracing import AsksForMode, is_traced, traced_for
 from .turns import Turns
 
 MOST_SIGNATURES = 8
@@ -208,9 +208,13 @@ class OptimizedModule(nn.Module):
             with self.turns.alone, unseen(), torch.enable_grad(), \
                     graphs_cut_off(self.original):
                 own = list(copied(tuple(leaves)))
-                told = self._optimize_lengths(own, spec, structure, modes, frees, done)
-                if not self._covered(leaves, structure, modes):
-                    self._optimize_length(own, spec, structure, modes, done)
+                try:
+                    told = self._optimize_modes(own, spec, structure, modes, frees, done)
+                except AsksForMode:  # its program is another in each
+                    for mode in modes:
+                        with traced_for(mode == "training"):
+                            told = self._optimize_modes(
+                                own, spec, structure, (mode,), frees, done) or told
         except (CaptureError, ContractError, OpaqueArgument) as error:
             failure = str(error)
         except Exception as error:
@@ -224,6 +228,16 @@ class OptimizedModule(nn.Module):
             described_inputs(leaves), self.original.training, seconds, failure, tuple(done), told
         ))
         return failure is None
+
+    def _optimize_modes(
+        self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str],
+        frees: Sequence[Free], done: list[ModeReport],
+    ) -> str | None:
+        """Short traces, or one of the full length; what is known of all lengths."""
+        told = self._optimize_lengths(leaves, spec, structure, modes, frees, done)
+        if not self._covered(leaves, structure, modes):
+            self._optimize_length(leaves, spec, structure, modes, done)
+        return told
 
     def _optimize_length(
         self, leaves: list[Any], spec: pytree.TreeSpec, structure: Hashable, modes: Sequence[str],
@@ -323,7 +337,7 @@ class OptimizedModule(nn.Module):
                 short = found.resized(leaves, found.traced[0])  # where strides tell
                 make = self.any_length.get(self._signature(short, structure, leaves))
                 if make is not None:
-                    with unseen(), torch.enable_grad():
+                    with unseen(), traced_for(torch.is_grad_enabled()), torch.enable_grad():
                         self.specialized[key] = self._shown(make(leaves), leaves)
                     return self.specialized[key]
         return None

@@ -194,7 +194,8 @@ class _Selecting:
         state = fresh_state(self.model)
         with swapped(self.model, state) as before:
             seen = observe(self.model, copied(leaves), spec, model_state(self.model), before,
-                           self.mode == "training", self.options.seed)
+                           self.mode == "training", self.options.seed,
+                           as_given=self.captured.asks_for_gradients)
         return seen.exception
 
     def _nothing(
@@ -245,6 +246,7 @@ class _Selecting:
             self.model, self._module(outcome), self.args, self.kwargs, mode=self.mode,
             seed=self.options.seed, tolerance=tolerance, approximate=approximate,
             short=self._in_short(outcome, passes or self._passes()),
+            as_given=self.captured.asks_for_gradients,
         )
 
     def _verified(self, outcome: Outcome) -> tuple[Outcome, Verdict]:

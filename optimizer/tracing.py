@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -25,6 +26,8 @@ from .turns import TRACING
 FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
 DATA_OF: Any = vars(torch._C._autograd)["_get_data_attr"]
 CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
+RECORDED = torch.is_grad_enabled
+_mode: ContextVar[bool | None] = ContextVar("_mode", default=None)  # what a trace is told it is
 _tracer: list[int] = []  # the thread that traces a model
 
 
@@ -39,6 +42,7 @@ def tracing() -> Iterator[None]:
             (torch._C._autograd, "_get_data_attr",  # what Dynamo makes of `.data`
              _in_this_thread(Tensor.detach, DATA_OF)),
             (torch.inference_mode, "__enter__", _in_this_thread(_refuse_inference_mode, ENTER)),
+            (torch, "is_grad_enabled", _in_this_thread(_is_recorded, RECORDED)),
             (FunctionalTensor, "tolist", as_lists),
             (PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames),
             (torch.fx.proxy, "CapturedTraceback", _UserStack),
@@ -54,6 +58,32 @@ def tracing() -> Iterator[None]:
 def is_traced() -> bool:
     """Whether this thread traces a model."""
     return threading.get_ident() in _tracer
+
+
+class AsksForMode(CaptureError):
+    """Forward asks whether gradients are recorded, and this trace is for both modes."""
+
+
+@contextlib.contextmanager
+def traced_for(training: bool) -> Iterator[None]:
+    """Traces within are of one mode: a forward that asks for it is told."""
+    before = _mode.set(training)
+    try:
+        yield
+    finally:
+        _mode.reset(before)
+
+
+def _is_recorded() -> bool:
+    """All traces record gradients, as what PyTorch's own files and ours ask is answered."""
+    frame, mode = sys._getframe(2), _mode.get()
+    if not RECORDED() or frame.f_code.co_filename.startswith((TORCH, OWN)):
+        return RECORDED()
+    if mode is None:
+        raise AsksForMode("forward asks whether gradients are recorded (`torch.is_grad_enabled`), "
+                          "of which a graph for both modes holds one answer",
+                          user_frames(traceback.extract_stack(frame)))
+    return mode
 
 
 def _in_this_thread(while_tracing: Callable[..., Any], else_: Callable[..., Any]) -> Any:

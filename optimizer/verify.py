@@ -56,6 +56,7 @@ def verify(
     a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
     mode: str = "both", seed: int = 0, tolerance: float | None = None,
     seconds: float = ENOUGH_SECONDS, approximate: bool = False, short: Short | None = None,
+    as_given: bool = False,
 ) -> Equal | Differs:
     """Compare `b` with `a` on `args` and on random inputs like them.
 
@@ -63,7 +64,8 @@ def verify(
     "inference" (under no_grad), "training" (with gradients) or "both". `tolerance` replaces
     the 1e-9 by which float64 results may differ, relatively. With `approximate` they may
     differ by 1%, which is measured and reported. Neither module is changed. With `short`, what
-    need not be long is compared there.
+    need not be long is compared there. With `as_given`, for models that ask for the
+    `requires_grad` of their inputs, no other inputs are given a gradient.
 
     >>> one, two = nn.Linear(3, 2), nn.Linear(3, 2)
     >>> verify(one, two, (torch.randn(4, 3),)).grade
@@ -74,7 +76,7 @@ def verify(
     allowed = APPROXIMATE if approximate else SAME_FUNCTION
     if tolerance is not None:
         allowed = tolerance
-    comparison = _Comparison(a, b, *flat(args, kwargs), allowed, seed, approximate)
+    comparison = _Comparison(a, b, *flat(args, kwargs), allowed, seed, approximate, as_given)
     modes = ("inference", "training") if mode == "both" else (mode,)
     with unseen():
         return comparison.run(modes, seconds, short)
@@ -83,7 +85,7 @@ def verify(
 def verify_once(
     a: nn.Module, b: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, mode: str,
     tolerance: float | None = None, approximate: bool = False,
-    widths: Sequence[Width] = tuple(Width), seen: Seen | None = None,
+    widths: Sequence[Width] = tuple(Width), seen: Seen | None = None, as_given: bool = False,
 ) -> tuple[Differs | None, Width]:
     """`verify` on the given inputs alone, in one of the `widths`: how `b` differs, and in which.
 
@@ -91,7 +93,8 @@ def verify_once(
     difference. `seen` keeps what `a` did in inference, for a further comparison on these inputs.
     """
     allowed = APPROXIMATE if approximate else SAME_FUNCTION
-    comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate)
+    comparison = _Comparison(a, b, *flat(args, kwargs), tolerance or allowed, 0, approximate,
+                             as_given)
     with unseen():
         return comparison.once(mode == "training", widths, {} if seen is None else seen)
 
@@ -115,6 +118,7 @@ class _Comparison:
     tolerance: float
     seed: int
     approximate: bool = False
+    as_given: bool = False
     worst: float = 0.0
     error: float = 0.0
     naive_error: float = 0.0
@@ -275,7 +279,8 @@ class _Comparison:
         narrow = dtypes.pop() if len(dtypes) == 1 else None
         with swapped(model, tensors) as before, computing(width, narrow):
             return observe(model, leaves, self.spec, model_state(model), before, training,
-                           case.seed, again, underlying(self.a) is underlying(self.b))
+                           case.seed, again, underlying(self.a) is underlying(self.b),
+                           self.as_given)
 
     def _behaves(
         self, case: Case, training: bool, theirs: Observation, ours: Observation

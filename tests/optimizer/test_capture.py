@@ -963,6 +963,54 @@ def test_a_first_call_in_inference_mode_is_optimized() -> None:
     assert fast.graph_module is not None
 
 
+class Asking(Recurrent):
+    """A loop that does more in one mode, or for inputs that require a gradient."""
+
+    def __init__(self, asks: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = self.asks(x)
+        return super().forward(x) * (2 if more else 1)
+
+
+@pytest.mark.parametrize("steps", [6, 400], ids=["one length", "every length"])
+@pytest.mark.parametrize("verifies", [True, False])
+def test_each_mode_has_its_own_program_where_forward_asks_for_it(
+    steps: int, verifies: bool
+) -> None:
+    model = Asking(lambda x: torch.is_grad_enabled())
+    fast = apply_passes(model, (torch.randn(2, steps, 3),), measure=False, verify=verifies)
+    modes = fast.report.signatures[0].modes
+    assert [m.mode for m in modes if m.rewrites] == ["inference", "training"]
+    for length in (steps, steps + 3):
+        x = torch.randn(2, length, 3)
+        assert_close(fast(x), model(x))
+        with torch.no_grad():
+            assert_close(fast(x), model(x))
+
+
+def test_a_capture_for_both_modes_refuses_to_tell_which() -> None:
+    with pytest.raises(CaptureError, match="forward asks whether gradients are recorded"):
+        capture(Asking(lambda x: torch.is_grad_enabled()), (X,))
+    with torch.no_grad():
+        capture(Asking(lambda x: torch.no_grad()(torch.is_grad_enabled)()), (X,))
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("steps", [6, 400], ids=["one length", "every length"])
+def test_inputs_are_verified_as_they_are_where_forward_asks_for_their_gradients(
+    steps: int, needed: bool
+) -> None:
+    model = Asking(lambda x: x.requires_grad)
+    x = torch.randn(2, steps, 3, requires_grad=needed)
+    fast = apply_passes(model, (x,), measure=False)
+    assert [m.mode for m in fast.report.signatures[0].modes if m.rewrites] == [
+        "inference", "training"]
+    assert_close(fast(x), model(x))
+
+
 def test_eval_of_the_original_is_that_of_the_fast_model() -> None:
     model = Recurrent()
     fast = rewritten(model, X, mode="inference")
