@@ -743,7 +743,7 @@ def filtered(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         spread, rest = variance + 0.5 + m.decay**2, x[:, t] - mean
         terms.append(rest * rest / spread + spread.log())
         gain = variance / spread
-        mean = (mean + m.a(gain) * rest) * 0.9
+        mean = (mean + m.a(gain).sigmoid() * rest) * 0.9
         variance = (1 - gain) * variance * 0.8 + 0.1 * x[:, t] ** 2
     return torch.stack(terms, 1).sum(1), variance
 
