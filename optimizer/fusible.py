@@ -156,7 +156,7 @@ def _fusible(given: Sunk, runs: Runs) -> Fusible:
     dtype = _dtype(heads, tensors)
     carries, slices, invariants = ([t.to(dtype) if t.dtype in NUMBERED else t for t in ts]
                                    for ts in (carries, slices, invariants))
-    read = {h for h in heads[held:] if _is_number(h, dtype) or _promoted(h)}
+    read = {n for h in heads[held:] for n in _numbers(h, dtype)}
     kinds = {(value(n).device, value(n).dtype) for n in tensors
              if n not in read and value(n).dtype not in NUMBERED}
     if len({*kinds, (carries[0].device, dtype)}) > 1:
@@ -238,13 +238,23 @@ def check(body: GraphModule) -> int:
     return len(found)
 
 
-def _is_number(head: Node, dtype: torch.dtype) -> bool:
-    """Whether what a step is given is one number, which operations take in the `dtype` of the
-    tensors that they combine it with."""
-    return head.op == "placeholder" and dtype is torch.float32 and value(head).dim() == 0 \
-        and value(head).dtype in (torch.float64, torch.int64) \
+def _numbers(head: Node, dtype: torch.dtype) -> list[Node]:
+    """An argument that a kernel may take in the `dtype` of its other values, with what a step
+    selects from it: a number, whole numbers, or a table of numbers; empty for any other."""
+    if value(head).dim() == 1 and value(head).dtype is torch.float64:
+        numbers = [u for u in head.users if value(u).dtype is not dtype]
+        if all(n.target is aten.select.int and _is_number(n, dtype) for n in numbers):
+            return [head, *numbers]
+    return [head] if _is_number(head, dtype) or _promoted(head) else []
+
+
+def _is_number(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a value is one number, which operations take in the `dtype` of the tensors that
+    they combine it with."""
+    return dtype is torch.float32 and value(node).dim() == 0 \
+        and value(node).dtype in (torch.float64, torch.int64) \
         and all(any(value(n).dtype is dtype and value(n).dim() for n in user.all_input_nodes)
-                or value(user).dtype is dtype for user in head.users)
+                or value(user).dtype is dtype for user in node.users)
 
 
 def _promoted(head: Node) -> bool:

@@ -260,6 +260,15 @@ def sorts(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def beyond_table(m: Any, x: Tensor) -> Tensor:
+    """A comparison in float64, of 0.1 as well."""
+    table, h, outputs = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), x[:, 0], []
+    for t in range(x.shape[1]):
+        h = torch.tanh(h * (h > table)) + x[:, t]
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
 def several_dtypes(m: Any, x: Tensor) -> Tensor:
     h = x[:, 0].double()
     for t in range(x.shape[1]):
@@ -358,6 +367,8 @@ def test_what_the_scan_reads(forward: Forward) -> None:
 @pytest.mark.parametrize(("forward", "reason"), [
     (sorts, "the loop computes sort, which the kernel has no rule for"),
     (several_dtypes,
+     "its values are not all of one floating dtype on one device (float32, float64)"),
+    (beyond_table,
      "its values are not all of one floating dtype on one device (float32, float64)"),
     (fibonacci, "its integers may be too large for floating numbers"),
     (doubled, "its integers may be too large for floating numbers"),
@@ -633,8 +644,36 @@ def written_over(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def leapfrog(m: Any, x: Tensor, steps: int = 5) -> Tensor:
+    """Hamiltonian dynamics (Duane et al., 1987), accepted or not; the last kick is a half one."""
+    q, outputs = m.decay.expand_as(x[:, 0]), []
+    for t in range(x.shape[1]):
+        p, before = x[:, t] - 0.05 * q * m.decay, q
+        energy = (x[:, t] ** 2).sum(-1) + (m.decay * q * q).sum(-1)
+        for k in range(steps):
+            q = q + 0.1 * p
+            p = p - (0.1 if k < steps - 1 else 0.05) * q * m.decay
+        less = energy > (p * p).sum(-1) + (m.decay * q * q).sum(-1)
+        q = torch.where(less[:, None], q, before)
+        outputs.append(q)
+    return torch.stack(outputs, 1)
+
+
+def leapfrog_further(m: Any, x: Tensor) -> Tensor:
+    return leapfrog(m, x, 10)
+
+
+@pytest.mark.parametrize("forward", [leapfrog, leapfrog_further])
+def test_numbers_of_each_step_of_an_inner_loop(forward: Forward) -> None:
+    model, x = Model(forward), torch.randn(3, 40, 4)
+    fast = looplift.apply_passes(model, (x,), measure=False, mode="inference")
+    assert fast.code.count("fused_scan(") == 1
+    assert " for " not in fast.code, fast.code
+    assert_close(fast(x), model(x))
+
+
 @pytest.mark.parametrize("forward", [scheduled, sampled, scaled_before, advantages, noisy, dropped,
-                                     kept_at_random, chosen_at_random, written_over])
+                                     kept_at_random, chosen_at_random, written_over, leapfrog])
 def test_numbers_of_each_step(forward: Forward) -> None:
     """Random ones are drawn before, in their order."""
     model, x = Model(forward), torch.randn(3, STEPS, 4)
