@@ -91,10 +91,12 @@ def refuse_modules(model: nn.Module) -> None:
             )
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"the module{where} has backward hooks, which a graph can't keep")
-        if module._forward_hooks or module._forward_pre_hooks:
+        if hooks := [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
+            names = ", ".join(dict.fromkeys(
+                getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks))
             raise CaptureError(
-                f"the module{where} has forward hooks, whose effects a graph would not repeat; "
-                "remove them, or optimize the modules inside"
+                f"the module{where} has forward hooks ({names}), whose effects a graph would not "
+                "repeat; remove them, or optimize the modules inside"
             )
 
 

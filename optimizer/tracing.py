@@ -27,6 +27,8 @@ FUNCTION: Any = vars(torch.autograd.Function)["apply"].__func__
 DATA_OF: Any = vars(torch._C._autograd)["_get_data_attr"]
 CONTEXTS, ENTER = torch.utils._contextlib.__file__, torch.inference_mode.__enter__
 RECORDED = torch.is_grad_enabled
+SCRIPTED: Any = torch._C.ScriptFunction
+CALL = SCRIPTED.__call__
 _mode: ContextVar[bool | None] = ContextVar("_mode", default=None)  # what a trace is told it is
 _tracer: list[int] = []  # the thread that traces a model
 
@@ -43,6 +45,7 @@ def tracing() -> Iterator[None]:
              _in_this_thread(Tensor.detach, DATA_OF)),
             (torch.inference_mode, "__enter__", _in_this_thread(_refuse_inference_mode, ENTER)),
             (torch, "is_grad_enabled", _in_this_thread(_is_recorded, RECORDED)),
+            (SCRIPTED, "__call__", _in_this_thread(_by_source, CALL)),
             (FunctionalTensor, "tolist", as_lists),
             (PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames),
             (torch.fx.proxy, "CapturedTraceback", _UserStack),
@@ -121,6 +124,15 @@ def _by_operator(kind: Function, *args: Any, **kwargs: Any) -> Any:
             raise CaptureError(REENTRANT, frames) from reason
         raise CaptureError(f"forward uses the custom autograd function {kind.__name__}, whose "
                            f"backward a graph would lose: {reason}") from reason
+
+
+def _by_source(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """TorchScript's executor differentiates on its own, which a trace doesn't see."""
+    source: Any = getattr(function, "_torchdynamo_inline", None)
+    if torch.jit._state._jit_caching_layer.get(source) != function.qualified_name:
+        raise CaptureError("forward calls a function that torch.jit.trace made, of other inputs; "
+                           "call its Python source", user_frames(traceback.extract_stack()))
+    return source(*args, **kwargs)
 
 
 class _UserStack:
